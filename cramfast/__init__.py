@@ -1,0 +1,1 @@
+"""Pretrain a BERT-class encoder from raw text on one machine in one day."""

@@ -1,0 +1,142 @@
+// Module cramfast._C. Python hands over addresses and sizes (kernels/extension.py has checked them) and the device tag;
+// nothing here knows a tensor. The interpreter lock is released while an operator runs.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "adamw.h"
+#include "attention.h"
+#include "cpu_dispatch.h"
+#include "cross_entropy.h"
+#include "glu.h"
+#include "layernorm.h"
+
+namespace py = pybind11;
+using namespace cramfast;
+
+namespace {
+
+using Address = std::uintptr_t;  // 0 stands for a missing optional tensor
+using Size = std::int64_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+DType dtype_of(int code) { return static_cast<DType>(code); }
+
+template <class Device>
+void bind_layernorm(py::module_& m) {
+  m.def(
+      "layernorm_fwd",
+      [](Device device, Address x, Address residual, Address weight, Address bias, Address y, Address stream,
+         Address mean, Address rstd, Size rows, Size width, float eps, int dtype) {
+        layernorm_fwd(device, {at<void>(x), at<void>(residual), at<float>(weight), at<float>(bias), at<void>(y),
+                               at<void>(stream), at<float>(mean), at<float>(rstd), rows, width, eps, dtype_of(dtype)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "layernorm_bwd",
+      [](Device device, Address dy, Address dstream, Address stream, Address mean, Address rstd, Address weight,
+         Address dx, Address partial, Address dweight, Address dbias, Size rows, Size width, int dtype) {
+        layernorm_bwd(device,
+                      {at<void>(dy), at<void>(dstream), at<void>(stream), at<float>(mean), at<float>(rstd),
+                       at<float>(weight), at<void>(dx), at<float>(partial), at<float>(dweight), at<float>(dbias), rows,
+                       width, dtype_of(dtype)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <class Device>
+void bind_glu(py::module_& m) {
+  m.def(
+      "glu_fwd",
+      [](Device device, Address x, Address h, Size rows, Size features, int activation, int dtype) {
+        glu_fwd(device, {at<void>(x), at<void>(h), rows, features, static_cast<Activation>(activation),
+                         dtype_of(dtype)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "glu_bwd",
+      [](Device device, Address dh, Address x, Address dx, Size rows, Size features, int activation, int dtype) {
+        glu_bwd(device, {at<void>(dh), at<void>(x), at<void>(dx), rows, features, static_cast<Activation>(activation),
+                         dtype_of(dtype)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <class Device>
+void bind_attention(py::module_& m) {
+  m.def(
+      "attention_fwd",
+      [](Device device, Address qkv, Address cu_seqlens, Address cos, Address sin, Address out, Address lse,
+         Size tokens, Size sequences, Size heads, Size head_width, Size window, int dtype) {
+        attention_fwd(device, {at<void>(qkv), at<std::int32_t>(cu_seqlens), at<float>(cos), at<float>(sin),
+                               at<void>(out), at<float>(lse), tokens, sequences, heads, head_width, window,
+                               dtype_of(dtype)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "attention_bwd",
+      [](Device device, Address dout, Address qkv, Address out, Address lse, Address cu_seqlens, Address cos,
+         Address sin, Address dqkv, Size tokens, Size sequences, Size heads, Size head_width, Size window, int dtype) {
+        attention_bwd(device, {at<void>(dout), at<void>(qkv), at<void>(out), at<float>(lse),
+                               at<std::int32_t>(cu_seqlens), at<float>(cos), at<float>(sin), at<void>(dqkv), tokens,
+                               sequences, heads, head_width, window, dtype_of(dtype)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <class Device>
+void bind_cross_entropy(py::module_& m) {
+  m.def(
+      "cross_entropy",
+      [](Device device, Address logits, Address target, Address loss, Address scale, Size rows, Size vocabulary,
+         bool write_gradient, int dtype) {
+        cross_entropy(device, {at<void>(logits), at<std::int64_t>(target), at<float>(loss), at<float>(scale), rows,
+                               vocabulary, write_gradient, dtype_of(dtype)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <class Device>
+void bind_adamw(py::module_& m) {
+  m.def(
+      "adamw",
+      [](Device device, Address master, Address grad, Address exp_avg, Address exp_avg_sq, Address half,
+         Address segment_end, Address segment_decay, Address scalars, Address partial, Size size, Size half_size,
+         Size segments, double beta1, double beta2, double eps, double max_norm) {
+        adamw(device, {at<float>(master), at<float>(grad), at<float>(exp_avg), at<float>(exp_avg_sq), at<bf16>(half),
+                       at<std::int64_t>(segment_end), at<float>(segment_decay), at<float>(scalars),
+                       at<double>(partial), size, half_size, segments, beta1, beta2, eps, max_norm});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <class Device>
+void bind_operators(py::module_& m) {
+  bind_layernorm<Device>(m);
+  bind_glu<Device>(m);
+  bind_attention<Device>(m);
+  bind_cross_entropy<Device>(m);
+  bind_adamw<Device>(m);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  py::class_<Cpu>(m, "Cpu").def(py::init<int>(), py::arg("threads"));
+  py::class_<Cuda>(m, "Cuda").def(py::init([](Address stream) { return Cuda{at<void>(stream)}; }), py::arg("stream"));
+  m.def("cpu_isa", &cpu_isa);
+  m.attr("layernorm_block_rows") = layernorm_block_rows;
+  m.attr("layernorm_max_width") = layernorm_max_width;
+  m.attr("adamw_chunk") = adamw_chunk;
+  bind_operators<Cpu>(m);
+#ifdef CRAMFAST_CUDA
+  bind_operators<Cuda>(m);
+  m.attr("cuda") = true;
+#else
+  m.attr("cuda") = false;
+#endif
+}

@@ -1,0 +1,79 @@
+// Every Cpu operator exists once per instruction set; the best one that this processor has is chosen at the first call.
+#include "cpu_dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "adamw.h"
+#include "attention.h"
+#include "cross_entropy.h"
+#include "glu.h"
+#include "layernorm.h"
+
+namespace cramfast {
+namespace {
+
+enum class Isa { baseline, avx2, avx512 };
+
+const char* name_of(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+}
+
+Isa best_isa() {
+#ifdef CRAMFAST_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return Isa::avx512;
+  if (__builtin_cpu_supports("x86-64-v3")) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+// CRAMFAST_CPU=baseline|avx2|avx512 takes a lower set than the best one, for tests and comparisons; never a higher one.
+Isa chosen_isa() {
+  const Isa best = best_isa();
+  if (const char* wanted = std::getenv("CRAMFAST_CPU")) {
+    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+      if (std::strcmp(wanted, name_of(isa)) == 0 && isa <= best) return isa;
+    }
+  }
+  return best;
+}
+
+Isa isa() {
+  static const Isa chosen = chosen_isa();
+  return chosen;
+}
+
+}  // namespace
+
+const char* cpu_isa() { return name_of(isa()); }
+
+}  // namespace cramfast
+
+#ifdef CRAMFAST_X86
+#define CRAMFAST_CPU_OPERATOR(op, Args)                             \
+  namespace cramfast::avx512 { void op(Cpu, const Args&); }         \
+  namespace cramfast::avx2 { void op(Cpu, const Args&); }           \
+  namespace cramfast::baseline { void op(Cpu, const Args&); }       \
+  void cramfast::op(Cpu device, const Args& args) {                 \
+    switch (isa()) {                                                \
+      case Isa::avx512: return avx512::op(device, args);            \
+      case Isa::avx2: return avx2::op(device, args);                \
+      default: return baseline::op(device, args);                   \
+    }                                                               \
+  }
+#else
+#define CRAMFAST_CPU_OPERATOR(op, Args)                             \
+  namespace cramfast::baseline { void op(Cpu, const Args&); }       \
+  void cramfast::op(Cpu device, const Args& args) { baseline::op(device, args); }
+#endif
+
+CRAMFAST_CPU_OPERATOR(layernorm_fwd, LayerNormForward)
+CRAMFAST_CPU_OPERATOR(layernorm_bwd, LayerNormBackward)
+CRAMFAST_CPU_OPERATOR(glu_fwd, GluForward)
+CRAMFAST_CPU_OPERATOR(glu_bwd, GluBackward)
+CRAMFAST_CPU_OPERATOR(attention_fwd, AttentionForward)
+CRAMFAST_CPU_OPERATOR(attention_bwd, AttentionBackward)
+CRAMFAST_CPU_OPERATOR(cross_entropy, CrossEntropy)
+CRAMFAST_CPU_OPERATOR(adamw, AdamW)

@@ -1,0 +1,27 @@
+// Softmax cross-entropy over a chunk of rows of logits; the matmuls around it stay with torch (kernels/cross_entropy.py),
+// which hands over one chunk of rows at a time so that all logits never exist together.
+//
+//   lse = log sum_v exp(z_v),  loss = lse - z_t            0 for a row whose target t is negative
+//   dz_v = (exp(z_v - lse) - [v = t]) scale                 written over z; all zero for a row without target
+//
+// Sums in float32 over one row in cache. Bound by memory: one read and one write of the chunk.
+#pragma once
+
+#include "device.h"
+
+namespace cramfast {
+
+struct CrossEntropy {
+  void* logits;                // (rows, vocabulary); becomes the gradient when write_gradient is set
+  const std::int64_t* target;  // (rows,), negative: row ignored
+  float* loss;                 // (rows,)
+  const float* scale;          // (1,): factor of the gradient, read on the device
+  std::int64_t rows, vocabulary;
+  bool write_gradient;
+  DType dtype;
+};
+
+void cross_entropy(Cpu device, const CrossEntropy& args);
+void cross_entropy(Cuda device, const CrossEntropy& args);
+
+}  // namespace cramfast

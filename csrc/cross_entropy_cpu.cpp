@@ -1,0 +1,60 @@
+#include "cross_entropy.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace cramfast::CRAMFAST_ISA {
+namespace {
+
+constexpr std::int64_t lanes = 64;  // independent partial sums: keeps float32 sums over 32,768 terms accurate
+
+template <class T>
+float row_log_sum_exp(const T* __restrict z, std::int64_t V) {
+  float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+  for (std::int64_t v = 0; v < V; ++v) {
+    const float value = widen(z[v]);
+    largest = value > largest ? value : largest;
+  }
+  alignas(64) float partial[lanes] = {};
+  std::int64_t v = 0;
+  for (; v + lanes <= V; v += lanes) {
+#pragma omp simd
+    for (std::int64_t lane = 0; lane < lanes; ++lane) partial[lane] += exp_(widen(z[v + lane]) - largest);
+  }
+  float sum = 0.0f;
+  for (; v < V; ++v) sum += exp_(widen(z[v]) - largest);
+  for (std::int64_t lane = 0; lane < lanes; ++lane) sum += partial[lane];
+  return largest + std::log(sum);
+}
+
+template <class T>
+void one_row(const CrossEntropy& args, std::int64_t row, float scale) {
+  const std::int64_t V = args.vocabulary, target = args.target[row];
+  T* __restrict z = static_cast<T*>(args.logits) + row * V;
+  if (target < 0) {
+    args.loss[row] = 0.0f;
+    if (args.write_gradient) std::memset(z, 0, V * sizeof(T));
+    return;
+  }
+  const float lse = row_log_sum_exp(z, V), at_target = widen(z[target]);
+  args.loss[row] = lse - at_target;
+  if (!args.write_gradient) return;
+#pragma omp simd
+  for (std::int64_t v = 0; v < V; ++v) z[v] = narrow<T>(exp_(widen(z[v]) - lse) * scale);
+  z[target] = narrow<T>((exp_(at_target - lse) - 1.0f) * scale);
+}
+
+}  // namespace
+
+void cross_entropy(Cpu device, const CrossEntropy& args) {
+  with_dtype(args.dtype, [&](auto* stored) {
+    using T = std::remove_pointer_t<decltype(stored)>;
+    const float scale = *args.scale;
+    parallel_for(device, args.rows, [&](std::int64_t row) { one_row<T>(args, row, scale); });
+  });
+}
+
+}  // namespace cramfast::CRAMFAST_ISA

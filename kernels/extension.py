@@ -1,0 +1,71 @@
+"""The compiled module and the one place that turns tensors into addresses for it."""
+
+import ctypes
+import re
+from pathlib import Path
+
+import torch
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATION_CODES = {"gelu": 0, "silu": 1}
+_OPENMP_LIBRARY = re.compile(r"/(libgomp|libiomp5|libomp)[^/]*\.so[^/]*$")
+
+
+def openmp_runtime() -> str | None:
+    """Path of the OpenMP runtime that torch has loaded, or None where the process map cannot be read."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
+    found = sorted(path for path in paths if _OPENMP_LIBRARY.search(path))
+    ours = [path for path in found if "/torch/" in path]
+    return (ours or found or [None])[0]
+
+
+def _load():
+    # The module is compiled for OpenMP but linked to no runtime. Making the symbols of torch's runtime global before
+    # loading gives both one pool of threads; two pools would spin against each other on the same cores.
+    ctypes.CDLL(openmp_runtime() or "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    from cramfast import _C
+
+    return _C
+
+
+try:
+    module = _load()
+    cpu_isa = module.cpu_isa()
+    missing_reason = ""
+except (ImportError, OSError) as error:  # shown by doctor and at the start of every run, never silent
+    module, cpu_isa = None, "none"
+    missing_reason = f"compiled module not loaded ({error}); build it with: pip install -e ."
+
+
+def device_of(tensor: torch.Tensor):
+    """The device tag of an operator call: threads as torch has them, or the current stream of the tensor's GPU."""
+    if tensor.device.type == "cpu":
+        return module.Cpu(torch.get_num_threads())
+    return module.Cuda(torch._C._cuda_getCurrentRawStream(tensor.device.index))
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Address of the first element; 0 for None. The caller keeps the tensor alive until the call returns."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError unless the tensor has this shape and dtype, is contiguous and starts on 16 bytes."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: not contiguous; call .contiguous() first")
+    if tensor.data_ptr() % 16:
+        raise ValueError(f"{name}: not aligned to 16 bytes; clone the slice first")
+
+
+def check_activations(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless the tensor is stored in a supported dtype, contiguous and aligned."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; use float32 or bfloat16")
+    check(name, tensor, tuple(tensor.shape), tensor.dtype)

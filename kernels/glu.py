@@ -1,0 +1,87 @@
+"""Gated activation: csrc/glu.h."""
+
+import torch
+
+from cramfast.kernels import dispatch, extension, reference
+from cramfast.kernels.extension import ACTIVATION_CODES, DTYPE_CODES, address, check, check_activations, device_of
+from cramfast.kernels.registry import register
+
+
+def _rows_and_features(x_N2F, activation):
+    check_activations("x", x_N2F)
+    if x_N2F.dim() != 2 or x_N2F.shape[1] % 2:
+        raise ValueError(f"x: expected (N, 2 F), got {tuple(x_N2F.shape)}")
+    if activation not in ACTIVATION_CODES:
+        raise ValueError(f"activation: {activation!r} is not one of {', '.join(ACTIVATION_CODES)}")
+    return x_N2F.shape[0], x_N2F.shape[1] // 2
+
+
+def _forward(x_N2F, activation):
+    N, F = _rows_and_features(x_N2F, activation)
+    h_NF = _forward_fake(x_N2F, activation)
+    extension.module.glu_fwd(
+        device_of(x_N2F), address(x_N2F), address(h_NF), N, F, ACTIVATION_CODES[activation], DTYPE_CODES[x_N2F.dtype]
+    )
+    return h_NF
+
+
+def _forward_fake(x_N2F, activation):
+    return x_N2F.new_empty(x_N2F.shape[0], x_N2F.shape[1] // 2)
+
+
+def _backward(dh_NF, x_N2F, activation):
+    N, F = _rows_and_features(x_N2F, activation)
+    check("dh", dh_NF, (N, F), x_N2F.dtype)
+    dx_N2F = torch.empty_like(x_N2F)
+    extension.module.glu_bwd(
+        device_of(x_N2F),
+        address(dh_NF),
+        address(x_N2F),
+        address(dx_N2F),
+        N,
+        F,
+        ACTIVATION_CODES[activation],
+        DTYPE_CODES[x_N2F.dtype],
+    )
+    return dx_N2F
+
+
+def _backward_fake(dh_NF, x_N2F, activation):
+    return torch.empty_like(x_N2F)
+
+
+glu_fwd = register("glu_fwd(Tensor x, str activation) -> Tensor", _forward, _forward_fake)
+glu_bwd = register("glu_bwd(Tensor dh, Tensor x, str activation) -> Tensor", _backward, _backward_fake)
+
+
+class _Glu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_N2F, activation):
+        ctx.activation = activation
+        ctx.save_for_backward(x_N2F)
+        return glu_fwd(x_N2F, activation)
+
+    @staticmethod
+    def backward(ctx, dh_NF):
+        (x_N2F,) = ctx.saved_tensors
+        return glu_bwd(dh_NF.contiguous(), x_N2F, ctx.activation), None
+
+
+def glu(x, activation="gelu"):
+    """Gate the packed output of one matmul: act(first half) * second half.
+
+    Args:
+        x: (N, 2 F), float32 or bfloat16.
+        activation: "gelu" (exact erf form: GeGLU) or "silu" (SwiGLU).
+
+    Returns:
+        (N, F), the dtype of `x`.
+
+    Raises:
+        ValueError: an odd width, an unknown activation, a tensor that is not contiguous or not on 16 bytes.
+
+    The activation is computed again in backward. Source: Shazeer, arXiv:2002.05202.
+    """
+    if dispatch.uses_reference("glu", x):
+        return reference.glu(x, activation)
+    return _Glu.apply(x, activation)
