@@ -1,0 +1,101 @@
+"""How much a run may spend, in time, tokens, FLOPs or steps, and what it has spent."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cramfast.errors import UserError
+
+SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+UNITS = {**dict.fromkeys(SECONDS, "seconds"), "tokens": "tokens", "flops": "flops", "steps": "steps"}
+
+
+@dataclass
+class Progress:
+    """What a run has done by the end of a step; saved with every checkpoint.
+
+    `seconds` counts training alone: no compilation, evaluation, checkpoint or pause between two sessions.
+    `epoch` and `index` are the data position: the next microbatch.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    epoch: int = 0
+    index: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    loss_scale: float = 1.0
+    steady_steps: int = 0
+    """Updates since the loss scale last changed."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount of one quantity; `unit` is seconds, tokens, flops or steps."""
+
+    unit: str
+    amount: float
+
+    def fraction(self, progress: Progress) -> float:
+        """Share spent, 1 or more when nothing is left."""
+        spent = progress.step if self.unit == "steps" else getattr(progress, self.unit)
+        return spent / self.amount
+
+    def microbatches(self, progress: Progress, planned: int) -> int:
+        """Microbatches of the next step: what the schedule planned."""
+        return planned
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The budget of a recorded run: fractions and batch sizes are read, not measured, so that it repeats exactly."""
+
+    fractions: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    def fraction(self, progress: Progress) -> float:
+        """Share that the recorded run had spent before this step; 1 after its last."""
+        return self.fractions[progress.step] if progress.step < len(self.fractions) else 1.0
+
+    def microbatches(self, progress: Progress, planned: int) -> int:
+        """Microbatches the recorded run used in this step."""
+        return self.counts[progress.step]
+
+
+def parse_budget(text: str) -> Budget:
+    """Read 24h, 90m, 300s, 2e9tokens, 1e15flops or 500steps.
+
+    Raises:
+        UserError: another form, or nothing to spend.
+    """
+    match = re.fullmatch(r"([0-9.]+(?:e[+]?[0-9]+)?)\s*([a-z]+)", text.strip().lower())
+    try:
+        amount, suffix = float(match[1]), match[2]
+        unit = UNITS[suffix]
+    except (TypeError, ValueError, KeyError):
+        raise UserError(
+            f"budget={text!r} is not understood — use 24h, 90m, 300s, 2e9tokens, 1e15flops or 500steps"
+        ) from None
+    amount *= SECONDS.get(suffix, 1.0)
+    if amount <= 0:
+        raise UserError(f"budget={text!r} leaves nothing to spend — use a positive amount")
+    return Budget(unit, amount)
+
+
+def read_replay(metrics: Path) -> Replay:
+    """Fractions and microbatch counts of every step in a run's metrics.jsonl.
+
+    Raises:
+        UserError: no such file, or steps missing from it.
+    """
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise UserError(f"{metrics}: not found — --replay takes the folder of a finished run") from None
+    rows = [row for row in map(json.loads, lines) if "microbatches" in row]
+    if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
+        raise UserError(f"{metrics}: steps are missing — the record of this run is damaged and cannot be replayed")
+    return Replay(tuple(row["fraction"] for row in rows), tuple(row["microbatches"] for row in rows))

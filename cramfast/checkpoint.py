@@ -1,0 +1,154 @@
+"""Checkpoints that survive a kill at any moment: safetensors and JSON in a folder that appears by one rename."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cramfast.config import ModelConfig, from_json
+from cramfast.errors import UserError
+from cramfast.model import Encoder
+from cramfast.optim import AdamW
+
+KEPT = 2
+UNFINISHED = "unfinished-"  # prefix of folders being written or removed; swept at the next start
+
+
+def save(run_dir: Path, optimizer: AdamW, state: dict[str, Any]) -> Path:
+    """Write checkpoints/step-XXXXXXXX and remove all but the last two.
+
+    Args:
+        run_dir: the run's folder.
+        optimizer: holds master weights and moments.
+        state: JSON values: `progress` (its `step` names the folder) and `model`, which load_model() needs.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: the disk refused; earlier checkpoints are untouched.
+    """
+    folder = run_dir / "checkpoints"
+    target = folder / f"step-{state['progress']['step']:08d}"
+    if target.exists():  # the same step of the same run: already complete
+        return target
+    partial = folder / (UNFINISHED + target.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        flat = optimizer.flat
+        save_file(dict(flat.views(flat.master)), partial / "model.safetensors", {"format": "pt"})
+        save_file(optimizer.state(), partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            flush_to_disk(path)
+        partial.rename(target)
+        flush_to_disk(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        previous = newest(run_dir)
+        kept = f"{previous.name} is intact" if previous else "no earlier checkpoint exists"
+        raise UserError(f"{target}: cannot be written ({error}); {kept} — free disk space, then --resume") from None
+    for old in complete(run_dir)[:-KEPT]:
+        discarded = folder / (UNFINISHED + old.name)
+        old.rename(discarded)  # first the name: a kill inside rmtree must not leave half a checkpoint under a good name
+        shutil.rmtree(discarded)
+    return target
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync one file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step-????????"))
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The checkpoint a resume starts from, or None."""
+    return next(reversed(complete(run_dir)), None)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what a killed save left behind."""
+    for leftover in (run_dir / "checkpoints").glob(UNFINISHED + "*"):
+        shutil.rmtree(leftover)
+
+
+@torch.no_grad()
+def restore(checkpoint: Path, optimizer: AdamW) -> dict[str, Any]:
+    """Load weights and moments in place; return the saved state.
+
+    Raises:
+        UserError: a damaged file, or shapes of another model.
+    """
+    flat = optimizer.flat
+    copy_into(dict(flat.views(flat.master)), checkpoint / "model.safetensors")
+    copy_into(optimizer.state(), checkpoint / "optimizer.safetensors")
+    flat.refresh_half()
+    return read_state(checkpoint)
+
+
+def copy_into(targets: dict[str, Tensor], path: Path) -> None:
+    stored = read_tensors(path)
+    for name, target in targets.items():
+        if name not in stored or stored[name].shape != target.shape:
+            raise UserError(f"{path}: {name} is missing or has another shape — the file belongs to another model")
+        target.copy_(stored[name])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: unreadable ({error}) — remove {path.parent} to use the one before it") from None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    path = checkpoint / "state.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error}) — remove {checkpoint} to use the one before it") from None
+
+
+def load_model(path: str | Path) -> tuple[Encoder, ModelConfig]:
+    """Rebuild the encoder of a run folder (its newest checkpoint) or of one checkpoint folder; float32, on the CPU.
+
+    Raises:
+        UserError: no checkpoint there, or a damaged one.
+    """
+    path = Path(path)
+    checkpoint = path if (path / "state.json").exists() else newest(path)
+    if checkpoint is None:
+        raise UserError(f"{path}: no checkpoint there — give a run folder made by python -m cramfast.train")
+    state = read_state(checkpoint)
+    config = from_json(ModelConfig, state["model"], str(checkpoint / "state.json"))
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten; the caller's generator stays put
+        model = Encoder(config)
+    with torch.no_grad():
+        copy_into(dict(model.named_parameters()), checkpoint / "model.safetensors")
+    return model.eval(), config

@@ -1,0 +1,81 @@
+"""The command line of cramfast.train: a recipe, flags that override it, and which run to go on with."""
+
+import argparse
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cramfast.config import TrainConfig, config_hash, flatten, read_config
+from cramfast.errors import UserError
+from cramfast.recipes import choose_device, recipe, resolve
+from cramfast.runfolder import find_resumed, new_name
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Pretrain a BERT-class encoder from raw text and leave a checkpoint, a report and a Hugging Face folder.
+
+    Without arguments: docstrings found on this machine, and a device, precision and preset chosen for it.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """Folder of the run; by default runs/<time>-<preset>."""
+    resume: str | None = None
+    """Run folder to go on with, or auto: the newest run (or --run-dir) if there is one, else a new run."""
+    replay: Path | None = None
+    """Run folder whose recorded budget is followed step by step, so that its weights come out again."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, with every "auto" resolved."""
+
+    config: TrainConfig
+    run_dir: Path
+    resuming: bool
+    replay: Path | None
+
+
+def parse(args: list[str] | None = None) -> Request:
+    """Read the command line; unknown flags end the program with a suggestion.
+
+    Raises:
+        UserError: a value that cannot work, or a folder that does not fit.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--preset", "--device", "--resume", "--replay", "--run-dir"):
+        early.add_argument(flag, *({"--run_dir"} if flag == "--run-dir" else ()), nargs="?")
+    first, _ = early.parse_known_args(args)
+    if first.resume and first.replay:
+        raise UserError("--resume with --replay: a replay is a new run — use one of them")
+    resumed = find_resumed(first.resume, first.run_dir and Path(first.run_dir)) if first.resume else None
+    source = resumed or (first.replay and Path(first.replay))
+    if source:
+        default = read_config(source / "config.json")
+    else:
+        asked = first.device if first.device in ("cpu", "cuda") else "auto"
+        default = recipe(first.preset, choose_device(asked))
+    arguments = tyro.cli(
+        tyro.conf.configure(tyro.conf.FlagConversionOff)(Arguments),
+        args=args,
+        default=Arguments(config=default),
+        prog="python -m cramfast.train",
+    )
+    config = resolve(arguments.config)
+    run_dir = resumed or arguments.run_dir or new_name(config.preset)
+    if not resumed and (run_dir / "config.json").exists():
+        raise UserError(f"{run_dir}: holds a run already — go on with --resume {run_dir}, or choose another --run-dir")
+    return Request(config, run_dir, resumed is not None, arguments.replay)
+
+
+def print_config(config: TrainConfig) -> None:
+    """Every key of the resolved config on a few lines, the model's keys together."""
+    flat = {key: value if value != () else "(docstrings)" for key, value in flatten(config).items()}
+    print(f"config {config_hash(config)}:")
+    for model in (True, False):
+        words = (f"{key}={value}" for key, value in flat.items() if key.startswith("model.") == model)
+        print(textwrap.fill(" ".join(words), 116, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))

@@ -1,0 +1,209 @@
+"""What a run is: two frozen dataclasses, their JSON form and their hash."""
+
+import hashlib
+import json
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cramfast.errors import UserError
+
+# Keys that may change when a run is resumed: they move no weight of a step, only how many steps there are or who looks.
+HARMLESS_KEYS = ("budget", "eval_interval", "checkpoint_interval", "threads")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder; every choice but `positions="sinusoidal"` and `first_norm` exists in stock ModernBERT."""
+
+    vocab_size: int = 32768
+    """Entries of the vocabulary, a multiple of 64."""
+    layers: int = 16
+    width: int = 768
+    heads: int = 12
+    """width / heads must be 32, 64 or 128."""
+    feedforward: int = 1536
+    """Width of the gated hidden layer; its input matrix has twice as many rows."""
+    max_len: int = 512
+    """Longest sequence the position tables hold, in tokens."""
+    activation: Literal["gelu", "silu"] = "gelu"
+    norm_bias: bool = False
+    norm_eps: float = 1e-5
+    positions: Literal["rotary", "sinusoidal"] = "rotary"
+    rope_theta_global: float = 10000.0
+    rope_theta_local: float = 10000.0
+    window: int = 128
+    """Local layers attend where |p - q| <= window // 2."""
+    global_every: int = 1
+    """Layer i attends globally when i is a multiple of this; 1 makes every layer global."""
+    first_norm: bool = False
+    """Normalise before the attention of layer 0 too, as the paper does; stock ModernBERT does not."""
+    head: bool = True
+    """Dense, activation and norm before the decoder, as stock ModernBERT has."""
+    init: Literal["scaled", "normal"] = "scaled"
+    """scaled: truncated normal, output matrices smaller by sqrt(2 * layers); normal: one normal for all."""
+    init_std: float = 0.02
+    pad_id: int = 0
+
+    def __post_init__(self):
+        for key in ("vocab_size", "layers", "width", "heads", "feedforward", "max_len", "global_every"):
+            require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)}", "use 1 or more")
+        require(self.vocab_size % 64 == 0, f"model.vocab_size={self.vocab_size}", "use a multiple of 64")
+        require(
+            self.width % self.heads == 0 and self.width // self.heads in (32, 64, 128),
+            f"model.width={self.width} with model.heads={self.heads}",
+            "choose heads so that width / heads is 32, 64 or 128",
+        )
+        require(self.feedforward % 16 == 0, f"model.feedforward={self.feedforward}", "use a multiple of 16")
+        require(self.window >= 0, f"model.window={self.window}", "use 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run, resolved; saved as config.json and hashed."""
+
+    preset: str = "base"
+    """Recipe that the other values start from: tiny, mini, small, base or crammed_bert."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    data: tuple[str, ...] = ()
+    """Text files, folders, globs, hf:NAME, or one prepared folder; nothing: docstrings found on this machine."""
+    tokenizer: str = "wordpiece"
+    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), or a tokenizer.json."""
+    heldout_fraction: float = 0.01
+    """Share of the documents kept out of training."""
+    sequence_len: int = 128
+    """Longest sequence, in tokens, [CLS] and [SEP] included."""
+    masking: Literal["bert", "all_mask"] = "bert"
+    """bert: 80 % [MASK], 10 % a random token, 10 % kept; all_mask: always [MASK]."""
+    mask_fraction: float = 0.3
+    """Share of the tokens predicted at the start of training."""
+    mask_fraction_end: float = 0.3
+    """Share at the end; moved linearly with the spent budget, in steps of 0.01."""
+
+    budget: str = "24h"
+    """24h, 90m, 300s, 2e9tokens, 1e15flops or 500steps; may be raised on resume."""
+    microbatch_tokens: int = 16384
+    """Tokens of one forward and backward pass."""
+    batch_tokens: int = 524288
+    """Tokens of one update after the ramp."""
+    ramp_fraction: float = 0.6
+    """Share of the budget over which the batch grows linearly from one microbatch to batch_tokens."""
+    lr: float = 1e-3
+    schedule: Literal["triangle", "one_cycle", "trapezoid", "linear", "cosine"] = "trapezoid"
+    beta1: float = 0.9
+    beta2: float = 0.98
+    adam_eps: float = 1e-12
+    weight_decay: float = 0.01
+    """Not applied to norms and biases."""
+    max_norm: float = 0.5
+    """Largest global norm of the gradient; 0 switches clipping off."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Storage of matrices and activations; norms, master weights and the optimizer stay float32."""
+    seed: int = 0
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+    eval_interval: float = 300.0
+    """Seconds of training between held-out evaluations; they cost no budget."""
+    heldout_tokens: int = 131072
+    """Size of the fixed held-out set, in tokens."""
+    checkpoint_interval: float = 600.0
+    """Seconds of training between checkpoints; saving costs no budget."""
+
+    def __post_init__(self):
+        for key in ("mask_fraction", "mask_fraction_end"):
+            require(0 < getattr(self, key) < 1, f"{key}={getattr(self, key)}", "use a value between 0 and 1")
+        require(0 < self.heldout_fraction < 1, f"heldout_fraction={self.heldout_fraction}", "use a value such as 0.01")
+        require(
+            8 <= self.sequence_len <= self.model.max_len,
+            f"sequence_len={self.sequence_len}",
+            f"use 8 to model.max_len={self.model.max_len}, or raise model.max_len",
+        )
+        require(
+            self.microbatch_tokens >= self.sequence_len,
+            f"microbatch_tokens={self.microbatch_tokens}",
+            f"use at least sequence_len={self.sequence_len}",
+        )
+        require(
+            self.batch_tokens >= self.microbatch_tokens,
+            f"batch_tokens={self.batch_tokens}",
+            f"use at least microbatch_tokens={self.microbatch_tokens}",
+        )
+        require(self.lr > 0, f"lr={self.lr}", "use a value above 0")
+        require(0 <= self.ramp_fraction <= 1, f"ramp_fraction={self.ramp_fraction}", "use 0 to 1")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)}", "use 0 up to, not including, 1")
+        for key in ("threads", "weight_decay", "max_norm", "adam_eps"):
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}", "use 0 or more")
+        for key in ("eval_interval", "checkpoint_interval", "heldout_tokens"):
+            require(getattr(self, key) > 0, f"{key}={getattr(self, key)}", "use a value above 0")
+
+
+def require(condition: bool, what: str, remedy: str) -> None:
+    """Raise UserError("what — remedy") unless the condition holds."""
+    if not condition:
+        raise UserError(f"{what} is not possible — {remedy}")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Plain dict of a config; tuples become lists."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def from_json(cls: type, values: dict[str, Any], where: str = "config.json") -> Any:
+    """Rebuild a config from its JSON form.
+
+    Raises:
+        UserError: a key this version does not know, or one that is missing and has no default.
+    """
+    known = {f.name: f.type for f in fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UserError(f"{where}: unknown key {unknown[0]!r} — written by another version of cramfast?")
+    hints = typing.get_type_hints(cls)
+    converted = {}
+    for name, value in values.items():
+        if is_dataclass(hints[name]):
+            converted[name] = from_json(hints[name], value, f"{where}: {name}")
+        else:
+            converted[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**converted)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Read config.json of a run.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found — give a run folder made by python -m cramfast.train") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged JSON ({error}) — restore it, or start a new run") from None
+    return from_json(TrainConfig, values, str(path))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model.width": 768, "lr": 0.001, ...}: one level, dotted names."""
+    flat = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        flat.update(flatten(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value})
+    return flat
+
+
+def differing_key(old: TrainConfig, new: TrainConfig) -> str | None:
+    """Name of the first key that would change the weights of a resumed run, or None."""
+    before, after = flatten(old), flatten(new)
+    return next((key for key in before if key not in HARMLESS_KEYS and before[key] != after[key]), None)
+
+
+def config_hash(config: TrainConfig) -> str:
+    """12 hex digits over every key that a resumed run must share."""
+    kept = {key: value for key, value in flatten(config).items() if key not in HARMLESS_KEYS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,285 @@
+"""What runs on this machine, why, what is missing, and whether it is right: python -m cramfast.doctor.
+
+Exit status 0 only if every operator reproduces float64 of its reference, forward and backward; 1 otherwise.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import cramfast.kernels
+from cramfast.errors import UserError, command
+from cramfast.kernels import dispatch, extension, reference
+from cramfast.kernels.cases import CASES, Case, Inputs
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "numba",
+    "datasets",
+    "flash-attn",
+    "apex",
+)
+PEERS = ("flash-attn", "apex")  # nothing of ours needs them; benchmarks compare with them
+SHAPES_CHECKED = 2  # of each Case: a plain one and one with other options
+
+
+@dataclass(frozen=True)
+class Check:
+    """One operator in one dtype: `problem` is "" when it reproduces the reference; `worst` is the largest of error
+    divided by allowed error over its outputs and gradients."""
+
+    choice: dispatch.Choice
+    worst: float
+    problem: str
+
+
+def op_table(device: str | None = None) -> list[dispatch.Choice]:
+    """What runs for every operator and dtype on a device, and why; the GPU if there is one unless told otherwise."""
+    return dispatch.table(device or default_device())
+
+
+def default_device() -> str:
+    """ "cuda" where torch sees a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_operators(device: str) -> list[Check]:
+    """Run each operator as it would run in training and compare with float64 of the reference."""
+    cases = {case.op: case for case in CASES}
+    return [_check(cases[choice.op], choice) for choice in op_table(device)]
+
+
+def _check(case: Case, choice: dispatch.Choice) -> Check:
+    dtype = getattr(torch, choice.dtype)
+    worst, problem = 0.0, ""
+    for shape in case.test_shapes[:SHAPES_CHECKED]:
+        inputs = case.make(**shape, dtype=dtype, seed=0)
+        truth = _evaluate(reference, case, _convert(inputs, "cpu", torch.float64))
+        try:
+            eager = _evaluate(reference, case, _convert(inputs, choice.device))
+            ours = _evaluate(cramfast.kernels, case, _convert(inputs, choice.device))
+        except (RuntimeError, ValueError, TypeError) as error:
+            return Check(choice, float("inf"), f"failed: {str(error).strip().splitlines()[0]}")
+        for name, true in truth.items():
+            # The rule of tests/test_ops.py: twice the error of eager PyTorch, plus one ulp of the largest value.
+            ulp = torch.finfo(ours[name].dtype).eps * float(true.abs().max())
+            allowed = 2 * _error(eager[name], true) + ulp
+            excess = _error(ours[name], true) / allowed if allowed else 0.0
+            if not excess <= 1:  # also true of NaN
+                problem = problem or f"{name}: error {_error(ours[name], true):.2g}, allowed {allowed:.2g}"
+            worst = max(worst, excess) if excess == excess else float("inf")
+    return Check(choice, worst, problem)
+
+
+def _error(value: torch.Tensor, true: torch.Tensor) -> float:
+    return float((value.double().cpu() - true).abs().max())
+
+
+def _evaluate(operators, case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Outputs and gradients by name."""
+    inputs = dict(inputs)
+    wanted = [name for name in case.gradients if inputs.get(name) is not None]
+    for name in wanted:
+        inputs[name] = inputs[name].detach().clone().requires_grad_()
+    outputs = case.run(operators, inputs)
+    result = {f"output {place}": output.detach() for place, output in enumerate(outputs)}
+    if wanted:
+        generator = torch.Generator().manual_seed(1)
+        # Drawn in bfloat16, so that every dtype differentiates the same function.
+        weights = [torch.randn(o.shape, generator=generator).bfloat16().to(o) for o in outputs]
+        gradients = torch.autograd.grad(outputs, [inputs[name] for name in wanted], weights)
+        result |= {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
+    return result
+
+
+def _convert(value, device: str, dtype: torch.dtype | None = None):
+    if isinstance(value, dict):
+        return {key: _convert(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_convert(item, device, dtype) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else None)
+
+
+def machine() -> list[tuple[str, str]]:
+    """(what, how it is) of processor, threads, GPU and compilers."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    runtime = extension.openmp_runtime()
+    wanted = os.environ.get("CRAMFAST_CPU")
+    build = extension.cpu_isa + (f", limited by CRAMFAST_CPU={wanted}" if wanted else "")
+    return [
+        ("processor", f"{_processor()}, {allowed} of {os.cpu_count()} logical cores usable"),
+        ("instruction set", f"{_instruction_sets()}; our build in use: {build}"),
+        ("threads", f"{torch.get_num_threads()} (torch's; our kernels follow)"),
+        ("OpenMP", f"{Path(runtime).name}, shared with torch" if runtime else "runtime not found in the process map"),
+        ("GPU", _gpu()),
+        ("CUDA in torch", torch.version.cuda or "none: this is a CPU build of torch"),
+        ("CUDA kernels", "built" if extension.module is not None and extension.module.cuda else "not built"),
+        ("CUDA compiler", _compiler("nvcc", _nvcc())),
+        ("C++ compiler", _compiler("c++", shutil.which(os.environ.get("CXX", "c++")))),
+    ]
+
+
+def _processor() -> str:
+    match = re.search(r"^model name\s*: (.*)$", _cpuinfo(), flags=re.M)
+    return f"{match[1] if match else platform.processor() or 'unknown'} ({platform.machine()})"
+
+
+def _instruction_sets() -> str:
+    flags = set((re.search(r"^(?:flags|Features)\s*: (.*)$", _cpuinfo(), flags=re.M) or ["", ""])[1].split())
+    known = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
+    return "processor has " + (", ".join(flag for flag in known if flag in flags) or "none of the wide ones")
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "a driver is loaded, but torch sees no GPU" if _driver_loaded() else "none"
+    major, minor = torch.cuda.get_device_capability()
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {total:.0f} GiB, {torch.cuda.device_count()} in all"
+
+
+def _driver_loaded() -> bool:
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+
+
+def _compiler(name: str, path: str | None) -> str:
+    if path is None:
+        return f"{name} not found"
+    answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    version = re.search(r"release [\d.]+|\d+\.\d+\.\d+", answer.stdout)
+    return f"{path}, {version[0] if version else 'version unknown'}"
+
+
+def versions() -> list[tuple[str, str]]:
+    """(package, version), with Python first; "not installed" where it is so."""
+    rows = [("python", platform.python_version()), ("cramfast", _version("cramfast"))]
+    return rows + [(name, _version(name)) for name in PACKAGES]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def missing() -> list[tuple[str, str, str]]:
+    """(what is missing, what that costs, how to get it); on a machine without GPU, nothing that only a GPU needs."""
+    rows = []
+    if extension.module is None:
+        rows.append(
+            ("compiled kernels", f"PyTorch's operators run instead; {extension.missing_reason}", "pip install -e .")
+        )
+    if _driver_loaded() and not torch.cuda.is_available():
+        rows.append(
+            ("torch for the GPU", "training runs on the CPU", "install torch for CUDA: pytorch.org/get-started")
+        )
+    if torch.cuda.is_available():
+        if extension.module is not None and not extension.module.cuda:
+            how = "pip install -e ." if _nvcc() else "install the CUDA toolkit (nvcc), then pip install -e ."
+            rows.append(("CUDA kernels", "PyTorch's operators run on the GPU instead", how))
+        if importlib.util.find_spec("triton") is None:
+            rows.append(("triton", "no torch.compile and no Triton kernels on the GPU", "pip install triton"))
+        for name in PEERS:
+            if _version(name) == "not installed":
+                how = "pip install flash-attn" if name == "flash-attn" else "github.com/NVIDIA/apex, built from source"
+                rows.append((name, "nothing in training; benchmarks cannot compare with it", how))
+    if importlib.util.find_spec("datasets") is None:
+        rows.append(("datasets", "--data hf:NAME does not work", "pip install -e '.[hf]'"))
+    return rows
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What runs on this machine, why, what is missing; exit status 0 only if every operator is right."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device whose operators are shown and checked."""
+
+
+def main() -> None:
+    """The command line."""
+    import tyro
+    from rich.console import Console
+    from rich.markup import escape
+
+    device = tyro.cli(Arguments, prog="python -m cramfast.doctor").device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU — leave --device out to see what is missing")
+    device = default_device() if device == "auto" else device
+    console = Console()
+    _print(console, "Machine", ("", ""), machine())
+    _print(console, "Versions", ("", ""), versions())
+    checks = check_operators(device)
+    rows = [_row(check) for check in checks]
+    names = ("op", "dtype", "runs", "error/allowed", "check", "why this one")
+    _print(console, f"Operators on {device}, against float64 of the reference", names, rows)
+    for check in checks:
+        if check.problem:
+            console.print(f"[red]{check.choice.op}, {check.choice.dtype}:[/]", escape(check.problem), highlight=False)
+    if missing():
+        _print(console, "Missing", ("what", "what that costs", "how to get it"), missing())
+    wrong = sorted({check.choice.op for check in checks if check.problem})
+    if wrong:
+        console.print(
+            f"[bold red]wrong on this machine:[/] {', '.join(wrong)} — do not train; please report this output"
+        )
+        sys.exit(1)
+    console.print("[bold green]every operator reproduces its reference[/]")
+
+
+def _row(check: Check) -> tuple[str, ...]:
+    choice, verdict = check.choice, "WRONG" if check.problem else "ok"
+    return (
+        choice.op,
+        choice.dtype,
+        choice.implementation,
+        f"{check.worst:.2f}" if check.worst < 1000 else f"{check.worst:.0e}",
+        verdict,
+        choice.reason,
+    )
+
+
+def _print(console, title: str, names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD if any(names) else None, show_header=any(names), padding=(0, 2, 0, 0))
+    for place, name in enumerate(names):
+        table.add_column(name, no_wrap=place == 0 or (len(names) > 3 and place < len(names) - 1))
+    for row in rows:
+        table.add_row(*map(escape, row), style="red" if "WRONG" in row else None)
+    console.print(f"\n[bold]{title}[/]")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,150 @@
+"""What a run shows and writes while it trains: metrics.jsonl, TensorBoard, a progress line, the matmul peak."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cramfast.budget import Progress
+
+PEAK_SIZE = {
+    "cpu": 2048,
+    "cuda": 8192,
+}  # large enough to hide launch and packing, small enough for a fraction of a second
+PLAIN_INTERVAL_S = 10.0  # between lines where no terminal can redraw one
+
+
+def measure_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the best of a few large square matmuls: the peak that MFU refers to."""
+    size = PEAK_SIZE.get(device.type, 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard of one run folder; opened again on resume, it drops rows beyond `step`."""
+
+    def __init__(self, run_dir: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter  # half a second to import, needed only by a training run
+
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            truncate(path, step)
+        self.file = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Write one step or one evaluation; `step` and `tokens` are its places on the axes."""
+        self.write(row)
+        for key, value in row.items():
+            if key not in ("step", "tokens") and math.isfinite(value):
+                self.board.add_scalar(key, value, row["step"])
+
+    def evaluation(self, progress: Progress, loss: float, accuracy: float) -> float:
+        """Write a held-out evaluation; return its loss."""
+        spent = {key: getattr(progress, key) for key in ("step", "tokens", "flops", "seconds")}
+        self.row(spent | {"heldout_loss": loss, "heldout_accuracy": accuracy})
+        return loss
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write any row; a number that is not finite becomes null, because JSON has none."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.file.write(json.dumps(finite) + "\n")
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Force the rows to disk, before a checkpoint that counts on them."""
+        os.fsync(self.file.fileno())
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def truncate(path: Path, step: int) -> None:
+    """Cut metrics.jsonl before the first row beyond `step`, or before a line that a kill left unfinished."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row.get("step", 0) > step or not line.endswith(b"\n"):
+                break
+            end += len(line)
+    os.truncate(path, end)
+
+
+class Display:
+    """One redrawn line on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True)
+        self.bar = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:5.1f} %"),
+            )
+            self.bar = Bar(*columns, TextColumn("{task.fields[figures]}"), console=console)
+            self.task = self.bar.add_task("training", total=1.0, figures="")
+        self.heldout = math.nan
+        self.last_plain = -math.inf
+
+    def __enter__(self) -> "Display":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def step(self, row: dict[str, Any], fraction: float, left_s: float) -> None:
+        """Show a step's row; `fraction` of the budget is spent now and about `left_s` seconds remain."""
+        heldout = f"{self.heldout:.3f}" if math.isfinite(self.heldout) else "–"
+        figures = (
+            f"step {row['step']}  loss {row['loss']:.3f}  held-out {heldout}  "
+            f"{row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.0%}  {duration(left_s)} left"
+        )
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=min(1.0, fraction), figures=figures)
+        elif now - self.last_plain >= PLAIN_INTERVAL_S or fraction >= 1:
+            self.last_plain = now
+            print(f"{min(1.0, fraction):6.1%}  {figures}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """0:09, 12:34 or 3:25:45; a question mark when unknown."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

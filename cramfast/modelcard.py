@@ -1,0 +1,109 @@
+"""README.md of an exported model: what it is, what it reached, how to load it."""
+
+import json
+import math
+from pathlib import Path
+
+from cramfast.config import ModelConfig, to_json
+from cramfast.record import Record
+from cramfast.report import manifest_rows, tiles
+
+STOCK = """## Load it
+
+```python
+from transformers import pipeline
+
+fill = pipeline("fill-mask", model="path/to/this/folder")
+print(fill(f"The capital of France is {fill.tokenizer.mask_token}."))
+```
+
+`AutoModelForSequenceClassification` and `AutoModelForTokenClassification` load it for fine-tuning.
+
+This is a ModernBERT for `transformers` 4.57 and 5.x. `config.json` holds the keys of both; `save_pretrained` of 5.x
+drops those that 4.57 reads, which then computes other logits without a warning. **After re-saving under 5.x, put this
+`config.json` back.**
+"""
+
+OWN = """## Load it
+
+Stock `transformers` cannot load this folder: {reason}. With cramfast installed:
+
+```python
+from cramfast.export import load
+
+model, tokenizer = load("path/to/this/folder")
+ids = tokenizer.encode("The capital of France is [MASK].").ids
+```
+
+`model(ids_N, cu_seqlens, max_seqlen)` returns the hidden states of packed sequences, `model.logits` the scores of every
+vocabulary entry. The folder holds safetensors and JSON only.
+"""
+
+NO_HEAD = """
+The model was trained without a prediction head. Here it has one that changes nothing, so masked-language-model logits
+are exact, while hidden states from `AutoModel` come before the weight of the final norm.
+"""
+
+
+def card(record: Record, config: ModelConfig, difference: float, own_loader_reason: str) -> str:
+    """The model card as Markdown.
+
+    Args:
+        record: of the run.
+        config: of the model.
+        difference: largest difference to transformers' logits, NaN when not compared.
+        own_loader_reason: why stock transformers cannot load the folder, "" when it can.
+    """
+    head = {"library_name": "cramfast" if own_loader_reason else "transformers", "pipeline_tag": "fill-mask"}
+    tags = ["bert", "masked-language-modeling", "cramfast"] + ([] if own_loader_reason else ["modernbert"])
+    front = (
+        "".join(f"{key}: {value}\n" for key, value in head.items()) + "tags:\n" + "".join(f"- {tag}\n" for tag in tags)
+    )
+    loading = OWN.format(reason=own_loader_reason) if own_loader_reason else STOCK
+    if not own_loader_reason and not config.head:
+        loading += NO_HEAD
+    figures = tiles(record) + [(key, str(record.run[key])) for key in ("device",) if key in record.run]
+    parts = [
+        f"---\n{front}---",
+        f"# {record.name}",
+        f"A BERT-class encoder ({config.layers} layers × {config.width}, sequences of up to {config.max_len} tokens), "
+        f"pretrained from raw text by masked language modelling with cramfast.",
+        "## Figures\n\n" + _table(figures) + _checked(difference, own_loader_reason),
+        loading.strip(),
+        "## Data\n\n" + (_table(manifest_rows(record.manifest)) or "The run noted nothing about its text."),
+        "## Training configuration\n\n```json\n"
+        + json.dumps(_published(record.config) or to_json(config), indent=1)
+        + "\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _published(config: dict) -> dict:
+    """The training configuration without folder names, which are nobody's business once the model is shared."""
+    data = [source if source.startswith("hf:") else Path(source).name for source in config.get("data", [])]
+    tokenizer = Path(config.get("tokenizer", "")).name
+    return config | {"data": data, "tokenizer": tokenizer} if config else {}
+
+
+def _checked(difference: float, own_loader_reason: str) -> str:
+    if own_loader_reason:
+        return ""
+    if math.isnan(difference):
+        return "\n\nThe logits were not compared with transformers at export."
+    import transformers
+
+    return (
+        f"\n\nLogits on held-out text, `transformers` {transformers.__version__} against the training code in float32: "
+        f"largest difference {difference:.1e}."
+    )
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"| {key} | {_cell(value)} |" for key, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,157 @@
+"""What a run wrote down, read back: metrics.jsonl, config.json, manifest.json. The report and the model card use it."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cramfast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run. `steps` and `evaluations` hold metrics rows in the order of their steps, each step once."""
+
+    name: str
+    run: dict = field(default_factory=dict)
+    steps: list[dict] = field(default_factory=list)
+    evaluations: list[dict] = field(default_factory=list)
+    config: dict = field(default_factory=dict)
+    manifest: dict = field(default_factory=dict)
+    unreadable_lines: int = 0
+    resumed: int = 0
+    exported: bool = False
+
+    def column(self, key: str, rows: list[dict] | None = None) -> list[float]:
+        """The values of one key over `rows` (the steps by default), NaN where a row has none."""
+        return [number(row.get(key)) for row in (self.steps if rows is None else rows)]
+
+    def last(self, key: str) -> float:
+        """The latest known value of a key, over steps and evaluations; NaN when there is none."""
+        rows = sorted(self.steps + self.evaluations, key=lambda row: row["step"])
+        return next((number(row[key]) for row in reversed(rows) if key in row), math.nan)
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Nats per token of the training text's token distribution: what a model without context can reach."""
+        return number(self.manifest.get("unigram_entropy_nats"))
+
+    @property
+    def parameters(self) -> float:
+        """Number of parameters, NaN when the run did not note it."""
+        return number(self.run.get("parameters"))
+
+    @property
+    def heldout(self) -> tuple[float, float]:
+        """Held-out loss of the first and of the last evaluation, nats per masked token; NaN when there is none."""
+        losses = self.column("heldout_loss", self.evaluations)
+        return (losses[0], losses[-1]) if losses else (math.nan, math.nan)
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out because the loss or the gradient was not finite."""
+        return sum(bool(row.get("skipped")) for row in self.steps)
+
+    def middle(self, key: str) -> float:
+        """The median of a key over the steps; NaN when there is none."""
+        values = sorted(value for value in self.column(key) if math.isfinite(value))
+        return values[len(values) // 2] if values else math.nan
+
+
+def number(value) -> float:
+    """A float; NaN for what is missing or no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file, {} when there is no such file.
+
+    Raises:
+        UserError: the file is no JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}) — restore the file or train again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object — restore the file or train again")
+    return value
+
+
+def read_record(run_dir: Path) -> Record:
+    """Read a run folder.
+
+    A line that a killed run left half-written is counted and left out. Where a resumed run repeats steps, what it
+    wrote replaces the rows from that step on.
+
+    Raises:
+        UserError: no such folder, no metrics.jsonl in it, a damaged config.json or manifest.json.
+    """
+    run_dir = Path(run_dir)
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        place = "no such folder" if not run_dir.is_dir() else "no metrics.jsonl in it"
+        raise UserError(f"{run_dir}: {place} — give a run folder, e.g. runs/NAME, that cramfast.train wrote")
+    run, steps, evaluations, unreadable, resumed = {}, [], [], 0, 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not ("run" in row or "step" in row):
+            unreadable += 1
+        elif "run" in row:
+            resumed += bool(steps or evaluations)
+            run = row["run"]
+        elif "heldout_loss" in row:
+            evaluations = [*before(evaluations, row["step"]), row]
+        else:
+            if steps and row["step"] <= steps[-1]["step"]:
+                steps = before(steps, row["step"])
+                evaluations = before(evaluations, row["step"])
+            steps.append(row)
+    return Record(
+        name=run_dir.resolve().name,
+        run=run,
+        steps=steps,
+        evaluations=evaluations,
+        config=read_json(run_dir / "config.json"),
+        manifest=read_json(run_dir / "manifest.json"),
+        unreadable_lines=unreadable,
+        resumed=resumed,
+        exported=(run_dir / "hf" / "config.json").exists(),
+    )
+
+
+def before(rows: list[dict], step: int) -> list[dict]:
+    """The rows of earlier steps; what a killed run wrote beyond its last checkpoint is done again after a resume."""
+    while rows and rows[-1]["step"] >= step:
+        rows.pop()
+    return rows
+
+
+def short(value: float, unit: str = "") -> str:
+    """A number for reading: three digits and a magnitude (45.6 M, 7.89 B, 1.20e15); – for NaN."""
+    if not math.isfinite(value):
+        return "–"
+    for limit, scale, letter in ((1e12, None, ""), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= limit:
+            text = f"{value:.2e}".replace("e+", "e") if scale is None else f"{value / scale:.3g} {letter}"
+            return f"{text} {unit}".strip()
+    text = f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
+    return f"{text} {unit}".strip()
+
+
+def span(seconds: float) -> str:
+    """A duration for reading: 45 s, 12.3 min, 4.56 h; – for NaN."""
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.2f} h"

@@ -1,0 +1,107 @@
+"""The folder of a run: runs/NAME with config.json, the prepared text's description, metrics and checkpoints."""
+
+import json
+import platform
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cramfast import checkpoint
+from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config, to_json
+from cramfast.errors import UserError
+from cramfast.kernels import dispatch
+from cramfast.metrics import measure_matmul_peak
+from cramfast.model import Encoder
+
+COPIED = ("tokenizer.json", "manifest.json", "heldout.txt")
+DEFAULT_PARENT = Path("runs")
+
+
+def new_name(preset: str) -> Path:
+    """runs/<local time>-<preset>, made different where that second is taken."""
+    base = DEFAULT_PARENT / f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}"
+    candidates = (base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 100)))
+    return next(path for path in candidates if not path.exists())
+
+
+def newest_run(parent: Path = DEFAULT_PARENT) -> Path | None:
+    """The run folder that was checkpointed last, or None."""
+    runs = [path for path in parent.glob("*") if checkpoint.newest(path)]
+    return max(runs, key=lambda path: checkpoint.newest(path).stat().st_mtime, default=None)
+
+
+def find_resumed(resume: str, run_dir: Path | None) -> Path | None:
+    """The folder `--resume` means; "auto" is run_dir, or else the newest run, if it has a config.
+
+    Raises:
+        UserError: a named folder that holds no run, or two different folders.
+    """
+    if resume == "auto":
+        folder = run_dir or newest_run()
+        return folder if folder and (folder / "config.json").exists() else None
+    if run_dir is not None and run_dir.resolve() != Path(resume).resolve():
+        raise UserError(f"--resume {resume} with --run-dir {run_dir}: two folders — a resumed run stays in its own")
+    if not (Path(resume) / "config.json").exists():
+        raise UserError(f"--resume {resume}: no run there (config.json is missing) — see the folders under runs/")
+    return Path(resume)
+
+
+def create(run_dir: Path, config: TrainConfig, prepared: Path) -> None:
+    """Make a run's folder, or go on with its own: same config but for harmless keys, same prepared text.
+
+    Raises:
+        UserError: the folder is taken by something else, or config or text changed since the run began.
+    """
+    stored = run_dir / "config.json"
+    if stored.exists():
+        old = read_config(stored)
+        key = differing_key(old, config)
+        if key:
+            raise UserError(
+                f"{run_dir}: {key}={flatten(config)[key]!r} but the run began with {flatten(old)[key]!r} — "
+                "a resumed run keeps its values; start a new run to change them"
+            )
+        if (run_dir / "manifest.json").read_bytes() != (prepared / "manifest.json").read_bytes():
+            raise UserError(f"{run_dir}: the text in {prepared} is not the one the run began with — start a new run")
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir}: not empty and no run — choose another --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.sweep(run_dir)
+    for name in COPIED:
+        shutil.copyfile(prepared / name, run_dir / name)
+    partial = run_dir / "config.json.partial"
+    partial.write_text(json.dumps(to_json(config), indent=1), encoding="utf-8")
+    partial.replace(stored)
+
+
+def describe(config: TrainConfig, model: Encoder) -> dict[str, Any]:
+    """What the record says once per session: device, versions, the implementation of each op, the matmul peak."""
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    peak = measure_matmul_peak(dtype, device)
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": config.dtype,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "config_hash": config_hash(config),
+        "versions": {name: version(name) for name in ("cramfast", "torch", "numpy")}
+        | {"python": sys.version.split()[0]},
+        "kernels": [asdict(dispatch.choose(op, device.type, dtype)) for op in dispatch.OPERATORS],
+        "matmul_peak_flops": peak,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

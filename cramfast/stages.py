@@ -1,0 +1,84 @@
+"""The stages around the loop: which kernels run, text to ids before it, report, export and demo after it."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from cramfast import checkpoint, demo, export, prepare, report
+from cramfast.config import TrainConfig
+from cramfast.kernels import dispatch
+from cramfast.record import read_record, span
+
+DEMO_SENTENCES = 5
+
+
+def print_kernels(config: TrainConfig) -> None:
+    """One line per operator: the implementation this run's device and dtype take, and why."""
+    print(f"kernels on {config.device}, {config.dtype}, {torch.get_num_threads()} threads:")
+    for op in dispatch.OPERATORS:
+        choice = dispatch.choose(op, config.device, getattr(torch, config.dtype))
+        print(f"  {op:<14} {choice.implementation:<10} {choice.reason}", flush=True)
+
+
+def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
+    """Prepared folder for the config's text, and the config with the tokenizer's true vocabulary size.
+
+    Raises:
+        UserError: no text, or something wrong with it.
+    """
+    prepared = prepare.prepare(
+        config.data,
+        None,
+        tokenizer=config.tokenizer,
+        vocab_size=config.model.vocab_size,
+        heldout_fraction=config.heldout_fraction,
+        seed=config.seed,
+        progress=print_progress,
+    )
+    size = Tokenizer.from_file(str(prepared / "tokenizer.json")).get_vocab_size()
+    if size != config.model.vocab_size:
+        print(f"the tokenizer has {size} entries: model.vocab_size={size}")
+        config = replace(config, model=replace(config.model, vocab_size=size))
+    return prepared, config
+
+
+def print_progress(stage: str, done: int, total: int) -> None:
+    print(f"  {stage}: {done}/{total}", flush=True)
+
+
+def publish(run_dir: Path) -> None:
+    """Report, Hugging Face folder with checked logits, fill-mask demo, and where everything lies.
+
+    Raises:
+        UserError: the exported model disagrees with ours.
+    """
+    print("export: writing the Hugging Face folder and comparing logits with stock transformers", flush=True)
+    exported = export.export(run_dir, run_dir / "hf", check=True)
+    page = report.write_report(run_dir)
+    record = read_record(run_dir)
+    print_demo(run_dir)
+    before, after = record.heldout
+    print(
+        f"\nheld-out loss {before:.3f} -> {after:.3f} nats per masked token (unigram entropy "
+        f"{record.unigram_entropy:.3f}), {record.middle('tokens_per_s'):,.0f} tokens/s, "
+        f"MFU {record.middle('mfu'):.0%}, {record.last('tokens'):,.0f} tokens in {span(record.last('seconds'))}"
+    )
+    if math.isfinite(exported.max_difference):
+        print(f"stock transformers gives the same logits: largest difference {exported.max_difference:.1e}")
+    for name, path in (("run folder", run_dir), ("report", page), ("Hugging Face folder", exported.path)):
+        print(f"{name:<20} {path}")
+
+
+def print_demo(run_dir: Path) -> None:
+    """Fill one mask in each of five held-out sentences."""
+    model, _ = checkpoint.load_model(run_dir)
+    tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
+    lines = (run_dir / "heldout.txt").read_text(encoding="utf-8").splitlines()
+    sentences = [line for line in lines if 5 <= len(line.split()) <= 25][:DEMO_SENTENCES] or lines[:DEMO_SENTENCES]
+    print("\nfill-mask on held-out sentences:")
+    for masked, candidates, truth in demo.fill_mask(model, tokenizer, sentences):
+        print(f"  {masked}")
+        print("    " + "  ".join(f"{token} {p:.0%}" for token, p in candidates) + f"   (truth: {truth})")

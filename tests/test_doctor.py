@@ -1,0 +1,107 @@
+"""The doctor: it passes on right operators, names a wrong one with exit status 1, and says what runs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cramfast.kernels
+from cramfast import doctor
+from cramfast.kernels import dispatch, extension
+
+
+@pytest.fixture
+def arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["doctor", "--device", "cpu"])
+
+
+@pytest.fixture
+def on_reference(monkeypatch):
+    monkeypatch.setattr(dispatch, "_overrides", dict.fromkeys(dispatch.OPERATORS, "reference"))
+
+
+def test_every_operator_is_right_on_this_machine():
+    checks = doctor.check_operators("cpu")
+    assert {(check.choice.op, check.choice.dtype) for check in checks} == {
+        (op, dtype) for op in dispatch.OPERATORS for dtype in ("float32", "bfloat16")
+    }
+    assert not [check for check in checks if check.problem]
+
+
+def test_report_and_exit_status(arguments, on_reference, capsys):
+    doctor.main()
+    said = capsys.readouterr().out
+    for part in ("Machine", "Versions", torch.__version__, *dispatch.OPERATORS, extension.cpu_isa, "asked for"):
+        assert part in said, part
+
+
+def test_a_wrong_forward_is_named(arguments, on_reference, capsys, monkeypatch):
+    right = cramfast.kernels.glu
+    monkeypatch.setattr(cramfast.kernels, "glu", lambda x, activation="gelu": right(x, activation) * 1.001)
+    with pytest.raises(SystemExit) as stop:
+        doctor.main()
+    assert stop.value.code == 1
+    said = capsys.readouterr().out
+    assert "wrong on this machine: glu —" in said and "output 0: error" in said
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.001
+
+
+def test_a_wrong_gradient_is_named(on_reference, monkeypatch):
+    right = cramfast.kernels.varlen_attention
+    monkeypatch.setattr(
+        cramfast.kernels, "varlen_attention", lambda qkv, *a, **k: right(WrongGradient.apply(qkv), *a, **k)
+    )
+    wrong = {check.choice.op: check.problem for check in doctor.check_operators("cpu") if check.problem}
+    assert set(wrong) == {"attention"} and wrong["attention"].startswith("gradient of qkv")
+
+
+def test_nan_and_exceptions_are_wrong(on_reference, monkeypatch):
+    right = cramfast.kernels.glu
+    monkeypatch.setattr(cramfast.kernels, "glu", lambda x, activation="gelu": right(x, activation) * float("nan"))
+
+    def broken(*arguments, **keywords):
+        raise RuntimeError("no kernel image\nsecond line")
+
+    monkeypatch.setattr(cramfast.kernels, "layernorm", broken)
+    problems = {check.choice.op: check.problem for check in doctor.check_operators("cpu") if check.problem}
+    assert set(problems) == {"glu", "layernorm"}
+    assert problems["layernorm"] == "failed: no kernel image" and "nan" in problems["glu"]
+
+
+def test_a_missing_module_is_explained(monkeypatch):
+    monkeypatch.setattr(extension, "module", None)
+    monkeypatch.setattr(extension, "missing_reason", "compiled module not loaded (no such file)")
+    assert {choice.implementation for choice in doctor.op_table("cpu")} == {"reference"}
+    what, cost, remedy = doctor.missing()[0]
+    assert what == "compiled kernels" and "no such file" in cost and remedy == "pip install -e ."
+
+
+@pytest.mark.parametrize(("present", "expected"), [(True, "CUDA kernels"), (False, None)])
+def test_what_only_a_gpu_needs_is_asked_for_only_there(monkeypatch, present, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
+    monkeypatch.setattr(doctor, "_nvcc", lambda: None)
+    if extension.module is None or extension.module.cuda:
+        pytest.skip("needs a module built without CUDA")
+    asked = {what: remedy for what, _, remedy in doctor.missing()}
+    assert (expected in asked) == present if expected else "CUDA kernels" not in asked
+    assert not present or "CUDA toolkit" in asked["CUDA kernels"]
+
+
+def test_a_lower_instruction_set_is_shown_and_right():
+    if extension.module is None or extension.cpu_isa == "baseline":
+        pytest.skip("needs a build with more than the baseline")
+    command = [sys.executable, "-m", "cramfast.doctor", "--device", "cpu"]
+    answer = subprocess.run(command, env=os.environ | {"CRAMFAST_CPU": "baseline"}, capture_output=True, text=True)
+    assert "limited by CRAMFAST_CPU=baseline" in " ".join(answer.stdout.split())
+    assert answer.returncode == 0, answer.stdout + answer.stderr
