@@ -26,7 +26,7 @@ class Line:
 
 
 def binned(x, y, bins: int = BINS) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(x, mean, low, high) over at most `bins` stretches of `stretch` points; values that are not finite are left out."""
+    """(x, mean, low, high) over at most `bins` stretches of neighbouring points; values not finite are left out."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = x[keep], y[keep]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cramfast.config import TrainConfig
+from cramfast.config import ModelConfig, TrainConfig
 from cramfast.loader import Batch, BatchSource, Prefetcher
 from cramfast.model import Encoder, flops_per_token
 
@@ -22,8 +22,8 @@ class Feed:
         position: (epoch, index) of the next microbatch.
     """
 
-    def __init__(self, source: BatchSource, device: torch.device, position: tuple[int, int]):
-        self.source, self.device, self.position = source, device, position
+    def __init__(self, source: BatchSource, model: ModelConfig, device: torch.device, position: tuple[int, int]):
+        self.source, self.model, self.device, self.position = source, model, device, position
         self.ahead: Prefetcher | None = None
         self.masked = None
 
@@ -34,14 +34,17 @@ class Feed:
         if self.ahead is not None:
             self.ahead.close()
 
-    def next(self, masked: float) -> Batch:
-        """The next microbatch with this share of its tokens masked; a new share discards what was prepared ahead."""
+    def next(self, masked: float) -> tuple[Batch, float]:
+        """The next microbatch, with this share of its tokens masked, and the FLOPs of training on it.
+
+        A new share discards what was prepared ahead.
+        """
         if self.masked != masked:
             self.__exit__()
             self.ahead, self.masked = Prefetcher(self.source, masked, position=self.position), masked
-        batch = to_device(next(self.ahead), self.device)
+        batch = next(self.ahead)
         self.position = self.ahead.position
-        return batch
+        return to_device(batch, self.device), batch_flops(self.model, batch)
 
 
 def training_source(config: TrainConfig, prepared: Path) -> BatchSource:
@@ -65,13 +68,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **moved)
 
 
-def batch_flops(config: TrainConfig, batch: Batch) -> float:
-    """FLOPs of one forward and backward pass over a CPU or device batch's useful tokens.
-
-    Longest possible sequences are assumed for attention, a few percent of the whole, so that nothing waits for the
-    device.
-    """
-    return batch.tokens * flops_per_token(config.model, len(batch.target_M) / batch.tokens, config.sequence_len)
+def batch_flops(model: ModelConfig, batch: Batch) -> float:
+    """FLOPs of one forward and backward pass over the useful tokens of a batch on the CPU."""
+    lengths_S = batch.cu_seqlens.diff().to(torch.float64)
+    mean_len = float(lengths_S.square().sum()) / batch.tokens  # each token attends to its own sequence
+    return batch.tokens * flops_per_token(model, len(batch.target_M) / batch.tokens, mean_len)
 
 
 def heldout_batches(config: TrainConfig, prepared: Path, device: torch.device) -> list[Batch]:

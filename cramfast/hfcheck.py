@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -91,7 +92,7 @@ def _load(folder: Path):
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever transformers raises, the folder is not one that it loads
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"export check: transformers cannot load the folder ({error}) — the export was not kept"
         ) from error

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -300,13 +301,23 @@ def table(rows: list, names: list[str] = ()) -> str:
     return f'<div class="scroll"><table>{head}{"".join(body)}</table></div>'
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """Write report.html, one self-contained page, into a run folder."""
+
+    run: Path
+    """Run folder, e.g. runs/NAME."""
+
+
 def main() -> None:
+    """The command line."""
     import tyro
     from rich.console import Console
 
-    run = tyro.cli(tyro.conf.Positional[Path], prog="python -m cramfast.report", description=__doc__)
-    path = write_report(run)
-    Console().print(f"report: {path} ({path.stat().st_size / 1e3:.0f} kB)", soft_wrap=True, highlight=False)
+    form = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments)
+    path = write_report(tyro.cli(form, prog="python -m cramfast.report").run)
+    size = f"{path.stat().st_size / 1e3:.0f} kB"
+    Console(soft_wrap=True, highlight=False, markup=False).print(f"report: {path} ({size})")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """The stages around the loop: which kernels run, text to ids before it, report, export and demo after it."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer
 
 from cramfast import checkpoint, demo, export, prepare, report
 from cramfast.config import TrainConfig
 from cramfast.kernels import dispatch
 from cramfast.record import read_record, span
-
-DEMO_SENTENCES = 5
 
 
 def print_kernels(config: TrainConfig) -> None:
@@ -66,8 +64,7 @@ def publish(run_dir: Path) -> None:
         f"{record.unigram_entropy:.3f}), {record.middle('tokens_per_s'):,.0f} tokens/s, "
         f"MFU {record.middle('mfu'):.0%}, {record.last('tokens'):,.0f} tokens in {span(record.last('seconds'))}"
     )
-    if math.isfinite(exported.max_difference):
-        print(f"stock transformers gives the same logits: largest difference {exported.max_difference:.1e}")
+    print(export.describe(exported))
     for name, path in (("run folder", run_dir), ("report", page), ("Hugging Face folder", exported.path)):
         print(f"{name:<20} {path}")
 
@@ -76,9 +73,6 @@ def print_demo(run_dir: Path) -> None:
     """Fill one mask in each of five held-out sentences."""
     model, _ = checkpoint.load_model(run_dir)
     tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
-    lines = (run_dir / "heldout.txt").read_text(encoding="utf-8").splitlines()
-    sentences = [line for line in lines if 5 <= len(line.split()) <= 25][:DEMO_SENTENCES] or lines[:DEMO_SENTENCES]
-    print("\nfill-mask on held-out sentences:")
-    for masked, candidates, truth in demo.fill_mask(model, tokenizer, sentences):
-        print(f"  {masked}")
-        print("    " + "  ".join(f"{token} {p:.0%}" for token, p in candidates) + f"   (truth: {truth})")
+    sentences = (run_dir / "heldout.txt").read_text(encoding="utf-8").splitlines()
+    print("\nfill-mask on held-out sentences:\n")
+    demo.show(Console(), demo.fill_mask(model, tokenizer, sentences))

@@ -17,7 +17,7 @@ from cramfast.budget import Budget, Progress, Replay, parse_budget, read_replay
 from cramfast.commandline import parse, print_config
 from cramfast.config import TrainConfig, config_hash, to_json
 from cramfast.errors import UserError, command
-from cramfast.feed import Feed, batch_flops, evaluate, heldout_batches, to_device, training_source
+from cramfast.feed import Feed, evaluate, heldout_batches, to_device, training_source
 from cramfast.interrupt import Interrupt
 from cramfast.loader import Batch
 from cramfast.metrics import Display, MetricsLog
@@ -45,7 +45,7 @@ def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | R
     evaluated = saved = progress.seconds
     with (
         MetricsLog(run_dir, progress.step) as log, Display() as display, Interrupt() as interrupt,
-        Feed(source, device, (progress.epoch, progress.index)) as feed,
+        Feed(source, config.model, device, (progress.epoch, progress.index)) as feed,
     ):  # fmt: skip
         log.write({"run": run})
         warm_up(model, optimizer, to_device(source.batch(0, 0, config.mask_fraction), device))
@@ -61,11 +61,11 @@ def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | R
             microbatches = budget.microbatches(progress, planned)
             loss_sum, tokens, flops = torch.zeros((), device=device), 0, 0.0
             for _ in range(microbatches):  # nothing in here waits for the device
-                batch = feed.next(masked)
+                batch, batch_flops = feed.next(masked)
                 loss = model.loss(batch)
                 (loss * progress.loss_scale).backward()  # hooks gather the gradients: optim.py
                 loss_sum += loss.detach()
-                tokens, flops = tokens + batch.tokens, flops + batch_flops(config, batch)
+                tokens, flops = tokens + batch.tokens, flops + batch_flops
                 if interrupt.requested:
                     break
             if interrupt.requested:

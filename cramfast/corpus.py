@@ -1,0 +1,187 @@
+"""Text in: files, folders, globs and Hugging Face datasets as one stream of documents, one at a time in memory."""
+
+import glob
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from cramfast.errors import UserError
+
+Documents = Literal["blocks", "lines", "files"]
+FORMATS = (".txt", ".jsonl", ".parquet")
+COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstandard.open}
+# Longest piece of a document held at once, in characters. A file without a single blank line is one document; it is
+# cut here (between lines where it has lines), far above any sequence length, so that memory stays bounded.
+LONGEST_PIECE = 1 << 20
+
+
+def find_files(sources: tuple[str, ...]) -> list[Path]:
+    """The files that the sources name, each source's own sorted by path.
+
+    Raises:
+        UserError: a source that matches nothing, or a file of an unknown kind.
+    """
+    found: list[Path] = []
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file() and file_format(p))
+            if not files:
+                raise UserError(f"{source}: no text in this folder — cramfast reads {_supported()}")
+        elif path.is_file():
+            if not file_format(path):
+                raise UserError(f"{source}: unknown kind of file — cramfast reads {_supported()}")
+            files = [path]
+        else:
+            files = sorted(p for p in map(Path, glob.glob(source, recursive=True)) if p.is_file() and file_format(p))
+            if not files:
+                raise UserError(f"{source}: no such file or folder, and no readable file matches it as a pattern")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def _supported() -> str:
+    return f"{', '.join(FORMATS)}, plain or {', '.join(COMPRESSIONS)}"
+
+
+def file_format(path: Path) -> str | None:
+    """ ".txt", ".jsonl" or ".parquet" whatever the compression, or None for anything else."""
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+
+
+def read_documents(sources: tuple[str, ...], documents: Documents = "blocks", text_key: str = "text") -> Iterator[str]:
+    """Every document of every source, in order.
+
+    Args:
+        sources: files, folders, globs, or hf:NAME[:CONFIG[:SPLIT]].
+        documents: what a document is in a .txt file: a block of lines between blank ones, a line, or the file.
+        text_key: field of .jsonl and column of .parquet and datasets that holds the text.
+
+    Raises:
+        UserError: missing, damaged or undecodable input, named with file and line.
+    """
+    for source in sources:
+        if source.startswith("hf:"):
+            yield from _read_dataset(source, text_key)
+            continue
+        for path in find_files((source,)):
+            kind = file_format(path)
+            if kind == ".parquet":
+                yield from _read_parquet(path, text_key)
+            elif kind == ".jsonl":
+                yield from _read_jsonl(path, text_key)
+            else:
+                yield from _split_text(path, documents)
+
+
+def _open(path: Path) -> BinaryIO:
+    opener = COMPRESSIONS.get(path.suffix.lower())
+    return opener(path, "rb") if opener else path.open("rb")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, text) with every read error turned into one that names the place."""
+    number = 1
+    try:
+        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="strict", newline=None) as text:
+            while line := text.readline(LONGEST_PIECE):
+                yield number, line
+                number += line.endswith("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 near line {number} ({error.reason}) — convert the file") from None
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: damaged or truncated archive ({error}) — fetch or compress it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _split_text(path: Path, documents: Documents) -> Iterator[str]:
+    if documents == "lines":
+        yield from (text for _, line in _lines(path) if (text := line.strip()))
+        return
+    block: list[str] = []
+    size = 0
+    for _, line in _lines(path):
+        blank = not line.strip()
+        if (blank and documents == "blocks") or size > LONGEST_PIECE:
+            if text := "".join(block).strip():
+                yield text
+            block, size = [], 0
+        block.append(line)
+        size += len(line)
+    if text := "".join(block).strip():
+        yield text
+
+
+def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
+    parts: list[str] = []
+    for number, line in _lines(path):
+        parts.append(line)
+        if not line.endswith("\n") and len(line) == LONGEST_PIECE:
+            continue  # a very long line arrives in pieces
+        whole, parts = "".join(parts), []
+        if whole.strip():
+            yield from _text_of(_parse_json(whole, path, number), text_key, f"{path}:{number}")
+
+
+def _parse_json(line: str, path: Path, number: int) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}:{number}: not JSON ({error}) — each line must hold one object") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{path}:{number}: a JSON {type(row).__name__} where an object is expected")
+    return row
+
+
+def _text_of(row: dict, text_key: str, where: str) -> Iterator[str]:
+    if text_key not in row:
+        keys = ", ".join(sorted(row)) or "none"
+        raise UserError(f"{where}: no key {text_key!r} (there: {keys}) — name it with --text-key")
+    text = row[text_key]
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {text_key!r} is a {type(text).__name__}, not text — name another with --text-key")
+    if text := text.strip():
+        yield text
+
+
+def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if text_key not in file.schema_arrow.names:
+            names = ", ".join(file.schema_arrow.names)
+            raise UserError(f"{path}: no column {text_key!r} (there: {names}) — name it with --text-key")
+        for batch in file.iter_batches(batch_size=256, columns=[text_key]):
+            for text in batch.column(0).to_pylist():
+                yield from _text_of({text_key: text}, text_key, str(path))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged parquet file ({error}) — write it again") from None
+
+
+def _read_dataset(source: str, text_key: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{source}: needs the datasets package — pip install 'cramfast[hf]'") from None
+    name, config, split, *rest = [*source.removeprefix("hf:").split(":"), "", ""][:4]
+    if not name or any(rest):
+        raise UserError(f"{source}: expected hf:NAME[:CONFIG[:SPLIT]]")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+    except (OSError, ValueError) as error:  # no such dataset, no network; datasets' own errors derive from these
+        raise UserError(f"{source}: could not be opened ({error})") from None
+    for row in rows:
+        yield from _text_of(row, text_key, source)

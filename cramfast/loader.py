@@ -1,0 +1,250 @@
+"""Prepared text on disk -> static-shape microbatches; any of them can be rebuilt from nothing."""
+
+import hashlib
+import json
+import queue
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from cramfast import pack
+from cramfast.errors import UserError
+from cramfast.tokenizer import CLS, FIRST_WORD, MASK, SEP
+
+REMEDY = "run python -m cramfast.prepare again"
+IGNORED = -100  # target of an unused row; cross-entropy's usual mark
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch; the shapes never change within a run.
+
+    Attributes:
+        ids_N: (N,) int32, masked input; [PAD] after the last sequence, belonging to none.
+        cu_seqlens: (S_max + 1,) int32, padded with the final offset: empty sequences.
+        masked_index_M: (M,) int64, ascending positions to predict; 0 in rows left over where too few tokens qualify.
+        target_M: (M,) int64, the tokens there; -100 in rows left over.
+        max_seqlen: sequence_len, which no sequence exceeds.
+        tokens: those that are not padding.
+    """
+
+    ids_N: torch.Tensor
+    cu_seqlens: torch.Tensor
+    masked_index_M: torch.Tensor
+    target_M: torch.Tensor
+    max_seqlen: int
+    tokens: int
+
+
+class PreparedText:
+    """One split of a prepared folder, memory-mapped.
+
+    Attributes:
+        ids: (tokens,) uint16 or uint32, without special tokens.
+        offsets: (documents + 1,) int64.
+        manifest: the folder's manifest.json.
+
+    Raises:
+        UserError: a file that is missing, damaged, cut off or from another preparation.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        self.manifest = read_manifest(folder)
+        if split not in self.manifest["splits"]:
+            raise UserError(f"{folder}: no split {split!r} (there: {', '.join(self.manifest['splits'])})")
+        for name in (f"{split}.ids", f"{split}.offsets.npy"):
+            check_size(folder, self.manifest, name)
+        dtype, tokens = np.dtype(self.manifest["ids_dtype"]), self.manifest["splits"][split]["tokens"]
+        self.ids = np.memmap(folder / f"{split}.ids", dtype=dtype, mode="r", shape=(tokens,))
+        try:
+            self.offsets = np.load(folder / f"{split}.offsets.npy", mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise UserError(f"{folder / f'{split}.offsets.npy'}: damaged ({error}) — {REMEDY}") from None
+        if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != tokens:
+            raise UserError(f"{folder / f'{split}.offsets.npy'}: does not fit {split}.ids — {REMEDY}")
+
+
+def read_manifest(folder: Path) -> dict:
+    """manifest.json of a prepared folder.
+
+    Raises:
+        UserError: missing, damaged, or of another version.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, so the folder was not prepared to the end — {REMEDY}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged JSON ({error}) — {REMEDY}") from None
+    if manifest.get("version") != 1:
+        raise UserError(f"{path}: version {manifest.get('version')} is not known here — {REMEDY}")
+    return manifest
+
+
+def check_size(folder: Path, manifest: dict, name: str) -> None:
+    """Raise UserError unless the file has the size that the manifest states."""
+    path, expected = folder / name, manifest["files"][name]["bytes"]
+    if not path.is_file():
+        raise UserError(f"{path}: missing — {REMEDY}")
+    if path.stat().st_size != expected:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes where {expected:,} were written — {REMEDY}")
+
+
+def verify(folder: Path) -> None:
+    """Compare size and sha256 of every file with the manifest; reads everything.
+
+    Raises:
+        UserError: the first file that differs.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        check_size(folder, manifest, name)
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise UserError(f"{folder / name}: contents changed since it was prepared — {REMEDY}")
+
+
+class BatchSource:
+    """Microbatches of one split as a pure function of (seed, epoch, index, mask_fraction).
+
+    Args:
+        folder: a prepared folder.
+        split: "train" or "heldout".
+        sequence_len: longest sequence in tokens, [CLS] and [SEP] included.
+        batch_tokens: N.
+        masking: "bert" (80 % [MASK], 10 % random, 10 % kept) or "all_mask".
+        shuffle: False keeps the order of the text.
+        max_sequences: S_max; None takes twice what the text needs on average.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str = "train",
+        *,
+        sequence_len: int,
+        batch_tokens: int,
+        seed: int,
+        masking: Literal["bert", "all_mask"] = "bert",
+        shuffle: bool = True,
+        max_sequences: int | None = None,
+    ):
+        text = PreparedText(folder, split)
+        self.ids = text.ids
+        self.word_count = text.manifest["word_count"]
+        self.starts, self.lengths = pack.chunk_documents(np.asarray(text.offsets), sequence_len)
+        if len(self.lengths) == 0:
+            raise UserError(f"{folder}: the {split} split holds no text — prepare more")
+        if batch_tokens < sequence_len:
+            raise UserError(f"batch_tokens={batch_tokens} is less than sequence_len={sequence_len} — use more")
+        mean = float(self.lengths.mean()) + pack.SPECIALS_PER_SEQUENCE
+        self.max_sequences = max_sequences or min(batch_tokens // 2, int(2 * batch_tokens / mean) + 8)
+        self.sequence_len, self.batch_tokens, self.seed = sequence_len, batch_tokens, seed
+        self.masking, self.shuffle = masking, shuffle
+        self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(members, batch_offsets) of an epoch; the last two are kept."""
+        key = epoch if self.shuffle else 0
+        if key not in self._plans:
+            made = pack.plan_epoch(self.lengths, self.batch_tokens, self.max_sequences, self.seed, key, self.shuffle)
+            self._plans = {k: v for k, v in self._plans.items() if k == key - 1} | {key: made}
+        return self._plans[key]
+
+    def batches(self, epoch: int) -> int:
+        """Microbatches in this epoch; every chunk is in exactly one."""
+        return len(self.plan(epoch)[1]) - 1
+
+    def batch(self, epoch: int, index: int, mask_fraction: float) -> Batch:
+        """Rebuild one microbatch; M = round(mask_fraction * N) of its tokens are to be predicted.
+
+        Raises:
+            IndexError: no such microbatch in this epoch.
+        """
+        members, offsets = self.plan(epoch)
+        if not 0 <= index < len(offsets) - 1:
+            raise IndexError(f"epoch {epoch} has {len(offsets) - 1} microbatches, not {index + 1}")
+        N, M = self.batch_tokens, round(mask_fraction * self.batch_tokens)
+        ids = np.zeros(N, np.int32)
+        cu_seqlens = np.empty(self.max_sequences + 1, np.int32)
+        places = np.empty(N, np.int64)
+        chosen_chunks = members[offsets[index] : offsets[index + 1]]
+        used = pack.fill(self.ids, self.starts, self.lengths, chosen_chunks, ids, cu_seqlens, places, CLS, SEP)
+        masked, target = self._mask(ids, places, epoch, M)
+        tensors = (torch.from_numpy(a) for a in (ids, cu_seqlens, masked, target))
+        return Batch(*tensors, max_seqlen=self.sequence_len, tokens=int(used))
+
+    def _mask(self, ids: np.ndarray, places: np.ndarray, epoch: int, M: int) -> tuple[np.ndarray, np.ndarray]:
+        """Choose exactly M ordinary words (fewer only where there are fewer), hide them in `ids`, return both."""
+        # A word that the tokenizer could not split is [UNK]; predicting it would teach nothing.
+        eligible = (places >= 0) & (ids >= FIRST_WORD)
+        keys, positions = np.empty(len(ids), np.uint64), np.empty(len(ids), np.int64)
+        count = pack.mask_keys(places, eligible, self.seed, epoch, keys, positions)
+        keys, positions = keys[:count], positions[:count]
+        if count > M:
+            smallest = np.sort(np.argpartition(keys, M)[:M])
+            keys, positions = keys[smallest], positions[smallest]
+        masked, target = np.zeros(M, np.int64), np.full(M, IGNORED, np.int64)
+        masked[: len(positions)] = positions
+        target[: len(positions)] = ids[positions]
+        pack.replace_masked(ids, positions, keys, MASK, FIRST_WORD, self.word_count, self.masking == "all_mask")
+        return masked, target
+
+
+class Prefetcher:
+    """Iterates over microbatches without end, built ahead by one thread.
+
+    Attributes:
+        position: (epoch, index) of the microbatch that `next` gives next.
+
+    Raises, from `next`: whatever building the microbatch raised.
+    """
+
+    def __init__(self, source: BatchSource, mask_fraction: float, position: tuple[int, int] = (0, 0), depth: int = 4):
+        self.position = position
+        self._ready: queue.Queue = queue.Queue(maxsize=depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(source, mask_fraction, position), daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed.is_set():
+            raise StopIteration
+        result, following = self._ready.get()
+        if isinstance(result, BaseException):
+            self.close()
+            raise result
+        self.position = following
+        return result
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        self._closed.set()
+        while self._thread.is_alive():  # it may be waiting for a free place
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(timeout=0.05)
+
+    def _work(self, source: BatchSource, mask_fraction: float, position: tuple[int, int]) -> None:
+        epoch, index = position
+        try:
+            while not self._closed.is_set():
+                if index >= source.batches(epoch):
+                    epoch, index = epoch + 1, 0
+                batch = source.batch(epoch, index, mask_fraction)
+                index += 1
+                following = (epoch, index) if index < source.batches(epoch) else (epoch + 1, 0)
+                self._ready.put((batch, following))
+        except BaseException as error:  # handed to the reader, which raises it
+            self._ready.put((error, None))
+            if not isinstance(error, Exception):
+                raise

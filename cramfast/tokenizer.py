@@ -1,0 +1,131 @@
+"""Tokenizers trained on the run's own text, the same for the same text on every machine and in every process."""
+
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from cramfast.errors import UserError
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PAD, UNK, CLS, SEP, MASK = range(5)
+FIRST_WORD = len(SPECIAL_TOKENS)
+VOCAB_MULTIPLE = 64  # rows of the decoder matrix, so that its matmul tiles are full
+
+
+def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Tokenizer:
+    """Train a tokenizer and pad its vocabulary to a multiple of 64 with [unusedN].
+
+    Args:
+        texts: the sample to learn from.
+        kind: "wordpiece" (lower-cased ASCII, as in the paper) or "bpe" (byte-level: case and all of Unicode kept).
+        vocab_size: most entries in all, a multiple of 64.
+
+    Raises:
+        UserError: another kind, or a vocabulary too small for the alphabet.
+    """
+    if vocab_size % VOCAB_MULTIPLE or vocab_size < 512:
+        raise UserError(f"vocab_size={vocab_size} is not possible — use a multiple of {VOCAB_MULTIPLE} from 512 on")
+    if kind == "wordpiece":
+        tokenizer = _train_wordpiece(texts, vocab_size)
+    elif kind == "bpe":
+        tokenizer = _train_bpe(texts, vocab_size)
+    else:
+        raise UserError(f"tokenizer={kind!r} is neither wordpiece, bpe, nor a file — check the path")
+    return _finish(tokenizer)
+
+
+def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    # Typographic quotes and dashes become their ASCII relatives instead of vanishing with the rest of Unicode.
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(Regex("[‘’‛′]"), "'"),
+            normalizers.Replace(Regex("[“”„″]"), '"'),
+            normalizers.Replace(Regex("[‐-―−]"), "-"),
+            normalizers.NFKD(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex("[^\\x00-\\x7F]+"), ""),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def _train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    # The trainer numbers ##-pieces in the order of a randomly seeded hash map, and breaks ties between merges by those
+    # numbers. Handing it the whole alphabet, with and without ##, as leading "special" tokens fixes every number.
+    alphabet = sorted(set(map(chr, range(33, 127))) - set(string.ascii_uppercase))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL_TOKENS, *("##" + letter for letter in alphabet)],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    learner = _wordpiece({})
+    learner.train_from_iterator(texts, trainer)
+    return _wordpiece(learner.get_vocab())
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _finish(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    missing = -tokenizer.get_vocab_size() % VOCAB_MULTIPLE
+    tokenizer.add_special_tokens([f"[unused{i}]" for i in range(missing)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)],
+    )
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json and see that it has our special tokens at their fixed ids.
+
+    Raises:
+        UserError: no such file, not a tokenizer, or other special tokens.
+    """
+    if not path.is_file():
+        raise UserError(f"tokenizer {path}: no such file — give wordpiece, bpe or a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises the base class itself
+        raise UserError(f"tokenizer {path}: not a tokenizer.json ({error})") from error
+    for index, token in enumerate(SPECIAL_TOKENS):
+        if tokenizer.token_to_id(token) != index:
+            raise UserError(
+                f"tokenizer {path}: {token} has id {tokenizer.token_to_id(token)}, not {index} — "
+                f"the first {FIRST_WORD} ids must be {' '.join(SPECIAL_TOKENS)}"
+            )
+    if tokenizer.get_vocab_size() % VOCAB_MULTIPLE:
+        raise UserError(
+            f"tokenizer {path}: {tokenizer.get_vocab_size()} entries — pad them to a multiple of {VOCAB_MULTIPLE} "
+            "with [unusedN]"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def word_count(tokenizer: Tokenizer) -> int:
+    """Entries before the [unusedN] padding; random replacements are drawn from [FIRST_WORD, this)."""
+    size = tokenizer.get_vocab_size()
+    while size > FIRST_WORD and (tokenizer.id_to_token(size - 1) or "").startswith("[unused"):
+        size -= 1
+    return size
