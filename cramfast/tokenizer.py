@@ -36,7 +36,8 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Tokeniz
     return _finish(tokenizer)
 
 
-def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
+def wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
+    """Lower-cased ASCII WordPiece over a vocabulary: accents stripped, every other character dropped."""
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     # Typographic quotes and dashes become their ASCII relatives instead of vanishing with the rest of Unicode.
     tokenizer.normalizer = normalizers.Sequence(
@@ -46,7 +47,8 @@ def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
             normalizers.Replace(Regex("[‐-―−]"), "-"),
             normalizers.NFKD(),
             normalizers.Lowercase(),
-            normalizers.Replace(Regex("[^\\x00-\\x7F]+"), ""),
+            normalizers.Replace(Regex("[\\s\\x00-\\x1F\\x7F]"), " "),
+            normalizers.Replace(Regex("[^\\x20-\\x7E]+"), ""),
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -56,23 +58,29 @@ def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
 
 def _train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     # The trainer numbers ##-pieces in the order of a randomly seeded hash map, and breaks ties between merges by those
-    # numbers. Handing it the whole alphabet, with and without ##, as leading "special" tokens fixes every number.
+    # numbers. Handing it every ##-letter as a leading "special" token fixes them; signs never continue a word.
     alphabet = sorted(set(map(chr, range(33, 127))) - set(string.ascii_uppercase))
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=[*SPECIAL_TOKENS, *("##" + letter for letter in alphabet)],
+        special_tokens=[*SPECIAL_TOKENS, *("##" + letter for letter in alphabet if letter.isalnum())],
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    learner = _wordpiece({})
+    learner = wordpiece({})
     learner.train_from_iterator(texts, trainer)
-    return _wordpiece(learner.get_vocab())
+    return wordpiece(learner.get_vocab())
 
 
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def byte_level() -> Tokenizer:
+    """Byte-level BPE without merges yet: case and all of Unicode kept."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = byte_level()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),

@@ -1,9 +1,16 @@
 """A batch source without files, of cramfast.loader's interface: sentences of a tiny language in which each token fixes
 the next, so that a model learns it in seconds."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
+from cramfast import checkpoint, feed, runfolder, train
+from cramfast.budget import Replay, parse_budget
+from cramfast.config import ModelConfig, TrainConfig, to_json
 from cramfast.loader import Batch
 
 FIRST = 5  # ids below are the special tokens
@@ -48,3 +55,43 @@ class FakePrefetcher:
 
     def close(self):
         pass
+
+
+def small_config(**changes) -> TrainConfig:
+    """2 layers of 64 on microbatches of 256 tokens; float32 on the CPU; saves and looks only at the end."""
+    model = ModelConfig(vocab_size=64, layers=2, width=64, heads=2, feedforward=96, max_len=32)
+    small = {"sequence_len": 16, "microbatch_tokens": 256, "batch_tokens": 1024, "heldout_tokens": 512, "lr": 3e-3}
+    rare = {"eval_interval": 1e9, "checkpoint_interval": 1e9}
+    return TrainConfig(**({"model": model, "device": "cpu", "dtype": "float32", **small, **rare} | changes))
+
+
+def run(folder: Path, budget: str | Replay, **changes) -> Path:
+    """Train in `folder` on the fake text, or go on there."""
+    config = small_config(**changes)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_json(config)))
+    finished = train.train(config, folder, folder, parse_budget(budget) if isinstance(budget, str) else budget)
+    assert finished
+    return folder
+
+
+def install(patch) -> None:
+    """Put the fakes in place; `patch(module, name, value)` is monkeypatch.setattr or setattr."""
+    patch(feed, "BatchSource", FakeSource)
+    patch(feed, "Prefetcher", FakePrefetcher)
+    patch(runfolder, "measure_matmul_peak", lambda dtype, device: 1e11)  # half a second of every run otherwise
+
+
+def rows(folder: Path, key: str = "microbatches") -> list[dict]:
+    """The rows of metrics.jsonl that have this key; by default the steps."""
+    return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if key in row]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The newest checkpoint's tensors, moments included."""
+    saved = checkpoint.newest(folder)
+    return load_file(saved / "model.safetensors") | load_file(saved / "optimizer.safetensors")
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

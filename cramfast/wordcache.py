@@ -1,0 +1,199 @@
+"""Encoding at the speed of a hash table: each distinct word goes through the tokenizer once, its ids are kept.
+
+Text is cut only where both of our tokenizers cut anyway, so the ids are exactly those of `Tokenizer.encode`:
+after an ASCII letter or digit that a printable ASCII sign or a line break follows, and before a single space between
+two printable ASCII characters. Bytes of other characters never touch a cut, so normalisation cannot reach across.
+"""
+
+import json
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+from tokenizers import Tokenizer
+
+from cramfast.tokenizer import byte_level, wordpiece
+
+SLOTS = 1 << 23  # of the hash table; 32 MB, touched only where used
+MOST_WORDS = 3 << 20  # known at once; then the table starts afresh, which bounds memory (about 200 MB) and its load
+MOST_BYTES = 64 << 20  # spelling of the known words
+
+
+class WordCache:
+    """Encodes documents like `tokenizer.encode_batch_fast(texts, add_special_tokens=False)`, several times faster.
+
+    A tokenizer whose parts are not the ones of cramfast.tokenizer is called for each document instead: it may look
+    across words. The literal text "[MASK]" in a document is text, never a special token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True
+        self.splits_at_words = _splits_at_words(tokenizer)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.slots = np.zeros(SLOTS, np.int32)
+        self.spelling = np.empty(1 << 20, np.uint8)
+        self.word_ends = np.zeros(1 << 16, np.int64)  # word w (from 1 on) is spelling[word_ends[w - 1] : word_ends[w]]
+        self.ids = np.empty(1 << 20, np.int32)
+        self.id_ends = np.zeros(1 << 16, np.int64)  # its ids are ids[id_ends[w - 1] : id_ends[w]]
+        self.words = 0
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all documents end to end, int32, and the number of them in each, int64.
+
+        Args:
+            texts: some megabytes at a time; working memory is about 20 bytes a character.
+        """
+        if not self.splits_at_words:
+            return self._encode_whole(texts)
+        data = [text.encode("utf-8", "replace") for text in texts]  # lone surrogates cannot be encoded: "?"
+        sizes = np.array([len(d) for d in data], np.int64)
+        text = np.frombuffer(b"".join(data), np.uint8)
+        if self.words > MOST_WORDS or self.word_ends[self.words] > MOST_BYTES:
+            self._forget()
+        known = self.words
+        # At worst every second byte begins a word; room is reserved untouched, then used as far as needed.
+        self.word_ends = _grown(self.word_ends, known + 2 + len(text))
+        self.spelling = _grown(self.spelling, self.word_ends[known] + len(text))
+        found = np.empty(len(text), np.int32)
+        counts = np.empty(len(sizes), np.int64)
+        self.words = look_up(text, sizes, self.slots, self.spelling, self.word_ends, known, found, counts)
+        if self.words < 0:  # more distinct words than the table holds in one call
+            self._forget()
+            return self._encode_whole(texts)
+        self._learn(known)
+        words = found[: counts.sum()]
+        ids = np.empty(int((self.id_ends[words] - self.id_ends[words - 1]).sum()), np.int32)
+        lengths = np.empty(len(sizes), np.int64)
+        write_ids(words, counts, self.ids, self.id_ends, ids, lengths)
+        return ids, lengths
+
+    def _encode_whole(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        rows = self._ask(texts)
+        return np.array([i for row in rows for i in row], np.int32), np.array([len(r) for r in rows], np.int64)
+
+    def _learn(self, known: int) -> None:
+        """Ask the tokenizer for the words after the first `known`."""
+        if self.words == known:
+            return
+        ends = self.word_ends[known : self.words + 1].tolist()
+        raw = self.spelling[: ends[-1]].tobytes()
+        rows = self._ask([raw[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)])
+        sizes = np.array([len(row) for row in rows], np.int64)
+        begin = self.id_ends[known]
+        self.id_ends = _grown(self.id_ends, self.words + 1)
+        self.id_ends[known + 1 : self.words + 1] = begin + np.cumsum(sizes)
+        self.ids = _grown(self.ids, self.id_ends[self.words])
+        self.ids[begin : self.id_ends[self.words]] = [i for row in rows for i in row]
+
+    def _ask(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _splits_at_words(tokenizer: Tokenizer) -> bool:
+    """Whether cuts at word borders are known to leave this tokenizer's ids unchanged."""
+    parts = json.loads(tokenizer.to_str())
+    ours = (json.loads(own.to_str()) for own in (wordpiece({}), byte_level()))
+    return all(token["special"] for token in parts["added_tokens"]) and any(
+        parts["normalizer"] == own["normalizer"]
+        and parts["pre_tokenizer"] == own["pre_tokenizer"]
+        and parts["model"]["type"] == own["model"]["type"]
+        for own in ours
+    )
+
+
+def _grown(array: np.ndarray, size: int) -> np.ndarray:
+    """The array, or a copy with room for `size` entries and as much again."""
+    if size <= len(array):
+        return array
+    larger = np.zeros(2 * size, array.dtype)
+    larger[: len(array)] = array
+    return larger
+
+
+@numba.njit(cache=True, nogil=True)
+def _kind(byte):
+    """0 other (control or part of a non-ASCII character), 1 letter or digit, 2 printable sign, 3 space, 4 line break."""
+    if byte == 32:
+        return 3
+    if byte == 10 or byte == 13 or byte == 9:
+        return 4
+    if byte < 33 or byte > 126:
+        return 0
+    letter = byte | 32
+    return 1 if 97 <= letter <= 122 or 48 <= byte <= 57 else 2
+
+
+@numba.njit(cache=True, nogil=True)
+def look_up(text, sizes, slots, spelling, word_ends, words, found, counts):
+    """Cut documents into words and number them; unseen words are added to the table.
+
+    Args:
+        text: (bytes,) uint8, UTF-8 of all documents.
+        sizes: (documents,) bytes of each.
+        slots: open-addressing table of word numbers, 0 where free.
+        words: number of known words.
+        found: receives the word numbers in order; counts: (documents,) how many of them belong to each.
+
+    Returns:
+        The number of known words afterwards, or -1: the table is full.
+    """
+    place = total = 0
+    for d in range(len(sizes)):
+        end = place + sizes[d]
+        before = total
+        while place < end:
+            start = place
+            hashed = np.uint64(0xCBF29CE484222325)  # FNV-1a
+            kind = 0
+            while place < end:
+                following = _kind(text[place])
+                if place > start:
+                    if kind == 1 and following >= 2:
+                        break
+                    if kind == 2 and following == 3 and place + 1 < end and 1 <= _kind(text[place + 1]) <= 2:
+                        break
+                hashed = (hashed ^ np.uint64(text[place])) * np.uint64(0x100000001B3)
+                kind = following
+                place += 1
+            size = place - start
+            slot = (hashed ^ (hashed >> np.uint64(32))) % np.uint64(len(slots))
+            while True:
+                word = slots[slot]
+                if word == 0:
+                    words += 1
+                    if 8 * words > 7 * len(slots):
+                        return -1
+                    begin = word_ends[words - 1]
+                    spelling[begin : begin + size] = text[start:place]
+                    word_ends[words] = begin + size
+                    slots[slot] = word = words
+                    break
+                begin = word_ends[word - 1]
+                if word_ends[word] - begin == size:
+                    same = 0
+                    while same < size and spelling[begin + same] == text[start + same]:
+                        same += 1
+                    if same == size:
+                        break
+                slot = (slot + np.uint64(1)) % np.uint64(len(slots))
+            found[total] = word
+            total += 1
+        counts[d] = total - before
+    return words
+
+
+@numba.njit(cache=True, nogil=True)
+def write_ids(words, counts, ids, id_ends, out, lengths):
+    """Copy the ids of each word in turn; lengths: (documents,) ids of each."""
+    place = written = 0
+    for d in range(len(counts)):
+        before = written
+        for _ in range(counts[d]):
+            for i in range(id_ends[words[place] - 1], id_ends[words[place]]):
+                out[written] = ids[i]
+                written += 1
+            place += 1
+        lengths[d] = written - before

@@ -1,0 +1,248 @@
+// Small matrix products for operators that keep their operands in cache: C (+)= A B in float32, one register tile of C
+// at a time. CPU only, compiled per instruction set as simd.h says.
+//
+// Operands are made of 32-bit words along the summed dimension: a word holds one float32 (struct Single) or two
+// neighbouring bfloat16 (struct Pair, where the processor multiplies those at twice the rate). So a matrix exists in
+// two layouts, `along` with words that run along a row and `across` with words that join two rows; for Single they
+// are the same memory. A may have any strides; B needs its columns next to each other.
+#pragma once
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+namespace cramfast::CRAMFAST_ISA {
+
+// A register tile has tile_rows x tile_vectors accumulators, which with one row of B and one value of A just fit the
+// registers: 32 of AVX-512 and NEON, 16 of the others.
+#if defined(__AVX512F__)
+constexpr int lanes = 16, tile_vectors = 4;
+#elif defined(__AVX2__)
+constexpr int lanes = 8, tile_vectors = 2;
+#elif defined(__aarch64__)
+constexpr int lanes = 4, tile_vectors = 4;
+#else
+constexpr int lanes = 4, tile_vectors = 2;
+#endif
+constexpr int tile_rows = 6;
+constexpr int panel = lanes * tile_vectors;  // columns of B that a register tile covers
+
+typedef float FloatVector __attribute__((vector_size(4 * lanes)));
+typedef std::int32_t WordVector __attribute__((vector_size(4 * lanes)));
+
+template <class Vector, class T>
+inline Vector load_vector(const T* from) {
+  Vector value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class Vector, class T>
+inline void store_vector(const Vector& value, T* to) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+// A matrix as words, in one or both of the layouts above.
+template <class Word>
+struct Words {
+  Word* along;   // (rows, along_stride), null where not wanted
+  Word* across;  // (rows / depth, across_stride), null where not wanted
+  std::int64_t along_stride, across_stride;
+};
+
+struct Single {
+  using Word = float;
+  using Vector = FloatVector;
+  static constexpr int depth = 1;  // values in a word
+
+  static FloatVector multiply_add(FloatVector sum, float a, FloatVector b) { return sum + a * b; }
+
+  // Rows `row` and `row + 1` of a matrix of n columns.
+  static void store(const Words<float>& to, std::int64_t row, const float* even, const float* odd, std::int64_t n) {
+    float* first = (to.along ? to.along : to.across) + row * to.along_stride;
+    if (first == even) return;
+    std::memcpy(first, even, n * sizeof(float));
+    std::memcpy(first + to.along_stride, odd, n * sizeof(float));
+  }
+};
+
+#ifdef __AVX512BF16__
+struct Pair {
+  using Word = std::int32_t;
+  using Vector = WordVector;
+  typedef std::uint16_t HalfVector __attribute__((vector_size(2 * lanes)));
+  static constexpr int depth = 2;
+
+  static FloatVector multiply_add(FloatVector sum, std::int32_t a, WordVector b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+  }
+
+  static void store(const Words<Word>& to, std::int64_t row, const float* even, const float* odd, std::int64_t n) {
+    Word* first = to.along + row * to.along_stride;
+    Word* second = first + to.along_stride;
+    Word* joined = to.across + row / 2 * to.across_stride;
+    for (std::int64_t i = 0; i < n; i += lanes) {
+      const auto low = (HalfVector)_mm512_cvtneps_pbh(load_vector<FloatVector>(even + i));
+      const auto high = (HalfVector)_mm512_cvtneps_pbh(load_vector<FloatVector>(odd + i));
+      if (to.along) {
+        store_vector(low, first + i / 2);
+        store_vector(high, second + i / 2);
+      }
+      if (to.across) {
+        store_vector(__builtin_convertvector(low, WordVector) | __builtin_convertvector(high, WordVector) << 16,
+                     joined + i);
+      }
+    }
+  }
+};
+using Bf16Form = Pair;
+#else
+using Bf16Form = Single;
+#endif
+
+// How values stored as T are multiplied.
+template <class T>
+struct FormOf {
+  using type = Single;
+};
+template <>
+struct FormOf<bf16> {
+  using type = Bf16Form;
+};
+
+template <class Word>
+struct Left {
+  const Word* data;  // word (row, k) at data[row * row_stride + k * k_stride]
+  std::int64_t row_stride, k_stride;
+};
+
+template <class Word>
+struct Right {
+  const Word* data;  // word (k, column) at data[column / panel * panel_stride + k * k_stride + column % panel]
+  std::int64_t k_stride, panel_stride;
+};
+
+// One register tile: rows x (vectors * lanes) values of C.
+template <class Form, int rows, int vectors, class Word>
+inline void multiply_tile(const Left<Word> a, const Word* b, std::int64_t b_stride, std::int64_t k, float* c,
+                          std::int64_t c_stride, bool accumulate) {
+  FloatVector sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      sum[r][v] = accumulate ? load_vector<FloatVector>(c + r * c_stride + v * lanes) : FloatVector{};
+    }
+  }
+  for (std::int64_t i = 0; i < k; ++i) {
+    typename Form::Vector right[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      right[v] = load_vector<typename Form::Vector>(b + i * b_stride + v * lanes);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const Word left = a.data[r * a.row_stride + i * a.k_stride];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[r][v] = Form::multiply_add(sum[r][v], left, right[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) store_vector(sum[r][v], c + r * c_stride + v * lanes);
+  }
+}
+
+// The last rows, fewer than tile_rows: counts down to the tile that has just as many.
+template <class Form, int rows, int vectors, class Word>
+inline void multiply_last_rows(std::int64_t left, const Left<Word> a, const Word* b, std::int64_t b_stride,
+                               std::int64_t k, float* c, std::int64_t c_stride, bool accumulate) {
+  if constexpr (rows > 0) {
+    if (left == rows) {
+      multiply_tile<Form, rows, vectors>(a, b, b_stride, k, c, c_stride, accumulate);
+    } else {
+      multiply_last_rows<Form, rows - 1, vectors>(left, a, b, b_stride, k, c, c_stride, accumulate);
+    }
+  }
+}
+
+template <class Form, int vectors, class Word>
+void multiply_panel(std::int64_t m, std::int64_t n, std::int64_t k, Left<Word> a, const Word* b, std::int64_t b_stride,
+                    float* c, std::int64_t c_stride, bool accumulate) {
+  if constexpr (vectors > 0) {
+    if (n < vectors * lanes) {
+      multiply_panel<Form, vectors - 1>(m, n, k, a, b, b_stride, c, c_stride, accumulate);
+      return;
+    }
+    std::int64_t row = 0;
+    for (; row + tile_rows <= m; row += tile_rows) {
+      multiply_tile<Form, tile_rows, vectors>(a, b, b_stride, k, c + row * c_stride, c_stride, accumulate);
+      a.data += tile_rows * a.row_stride;
+    }
+    multiply_last_rows<Form, tile_rows - 1, vectors>(m - row, a, b, b_stride, k, c + row * c_stride, c_stride,
+                                                     accumulate);
+  }
+}
+
+// C (m, n) (+)= A (m, k words) B (k words, n); n a multiple of lanes.
+template <class Form>
+void multiply(std::int64_t m, std::int64_t n, std::int64_t k, Left<typename Form::Word> a,
+              Right<typename Form::Word> b, float* c, std::int64_t c_stride, bool accumulate) {
+  for (std::int64_t column = 0; column < n; column += panel) {
+    multiply_panel<Form, tile_vectors>(m, std::min<std::int64_t>(panel, n - column), k, a, b.data, b.k_stride,
+                                       c + column, c_stride, accumulate);
+    b.data += b.panel_stride;
+  }
+}
+
+// The transpose of lanes x lanes words in registers: halves change places between rows in log2(lanes) rounds.
+template <int half, class Vector>
+inline void transpose_block(Vector (&row)[lanes]) {
+  if constexpr (half > 0) {
+    WordVector low, high;
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) {
+      low[l] = l & half ? lanes + l - half : l;
+      high[l] = l & half ? lanes + l : l + half;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) {
+      if (r & half) continue;
+      const Vector first = row[r], second = row[r + half];
+      row[r] = __builtin_shuffle(first, second, low);
+      row[r + half] = __builtin_shuffle(first, second, high);
+    }
+    transpose_block<half / 2>(row);
+  }
+}
+
+// Words (rows, words) -> B operand of `words` rows and `rows` columns, by panels; rows is a multiple of lanes.
+template <class Form>
+void transpose_words(const typename Form::Word* from, std::int64_t rows, std::int64_t words,
+                     typename Form::Word* to) {
+  using Vector = typename Form::Vector;
+  for (std::int64_t row = 0; row < rows; row += lanes, from += lanes * words) {
+    typename Form::Word* columns = to + row / panel * panel * words + row % panel;
+    std::int64_t word = 0;
+    for (; word + lanes <= words; word += lanes) {
+      Vector block[lanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r) block[r] = load_vector<Vector>(from + r * words + word);
+      transpose_block<lanes / 2>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r) store_vector(block[r], columns + (word + r) * panel);
+    }
+    for (; word < words; ++word) {
+      for (int r = 0; r < lanes; ++r) columns[word * panel + r] = from[r * words + word];
+    }
+  }
+}
+
+}  // namespace cramfast::CRAMFAST_ISA

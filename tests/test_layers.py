@@ -1,0 +1,74 @@
+"""Who may import whom (docs: architecture §3), read from the sources without importing them."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = {path.stem: path for path in (ROOT / "cramfast").glob("*.py")}
+
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def ours(path: Path) -> set[str]:
+    """Modules of cramfast that a file imports, by their short names."""
+    parts = (name.split(".") for name in imported(path) if name.startswith("cramfast."))
+    return {part[1] for part in parts if part[1] in SOURCES or part[1] == "kernels"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
+def test_kernels_know_no_model_and_no_config(path):
+    assert not ours(path) - {"kernels"}
+    assert not {name.split(".")[0] for name in imported(path)} & {"bench", "tests", "transformers", "tyro"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cramfast").glob("*.py")), ids=lambda path: path.stem)
+def test_nothing_imports_bench_or_tests(path):
+    assert not {name.split(".")[0] for name in imported(path)} & {"bench", "tests"}
+
+
+@pytest.mark.parametrize("name", ["errors", "config", "schedule", "interrupt"])
+def test_the_ground_floor_stands_alone(name):
+    assert ours(SOURCES[name]) <= {"errors", "config"}
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"train", "__init__"}))
+def test_nothing_imports_the_training_loop(name):
+    assert not ours(SOURCES[name]) & {"train", "stages"} or name == "stages" and "train" not in ours(SOURCES[name])
+
+
+@pytest.mark.parametrize("name", ["corpus", "tokenizer", "pack", "loader", "prepare"])
+def test_text_knows_no_model(name):
+    if name not in SOURCES:
+        pytest.skip(f"{name}.py is not there")
+    assert not ours(SOURCES[name]) & {"model", "optim", "checkpoint", "kernels"}
+
+
+def test_imports_have_no_cycle():
+    """Whole-module cycles; imports inside a function count too."""
+    graph = {name: ours(path) & SOURCES.keys() for name, path in SOURCES.items()}
+    while graph:
+        free = [name for name, uses in graph.items() if not uses & graph.keys()]
+        assert free, f"cycle among {sorted(graph)}"
+        for name in free:
+            del graph[name]
+
+
+def test_csrc_has_no_torch_header():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
+            headers = re.findall(r"#\s*include\s*[<\"]([^>\"]+)", path.read_text(encoding="utf-8"))
+            assert not [h for h in headers if h.startswith(("torch/", "ATen/", "c10/"))], path.name
+            if path.name != "bindings.cpp":
+                assert not [h for h in headers if h.startswith("pybind11/") or h == "Python.h"], path.name
