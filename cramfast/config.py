@@ -73,6 +73,10 @@ class TrainConfig:
     """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), or a tokenizer.json."""
     heldout_fraction: float = 0.01
     """Share of the documents kept out of training."""
+    documents: Literal["blocks", "lines", "files"] = "blocks"
+    """What a document is in a .txt file: a block between blank lines, a line, or the whole file."""
+    text_key: str = "text"
+    """Field of .jsonl, column of .parquet that holds the text."""
     sequence_len: int = 128
     """Longest sequence, in tokens, [CLS] and [SEP] included."""
     masking: Literal["bert", "all_mask"] = "bert"

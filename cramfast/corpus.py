@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -98,12 +99,23 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             while line := text.readline(LONGEST_PIECE):
                 yield number, line
                 number += line.endswith("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 near line {number} ({error.reason}) — convert the file") from None
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{_undecodable(path)} — convert the file to UTF-8") from None
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise UserError(f"{path}: damaged or truncated archive ({error}) — fetch or compress it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _undecodable(path: Path) -> str:
+    """Where exactly a file stops being UTF-8; the decoder itself knows its buffer only."""
+    with _open(path) as data:
+        for number, line in enumerate(data, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8 ({error.reason})"
+    return f"{path}: not UTF-8"
 
 
 def _split_text(path: Path, documents: Documents) -> Iterator[str]:
@@ -155,7 +167,8 @@ def _text_of(row: dict, text_key: str, where: str) -> Iterator[str]:
     if not isinstance(text, str):
         raise UserError(f"{where}: {text_key!r} is a {type(text).__name__}, not text — name another with --text-key")
     if text := text.strip():
-        yield text
+        for start in range(0, len(text), LONGEST_PIECE):
+            yield text[start : start + LONGEST_PIECE]
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[str]:

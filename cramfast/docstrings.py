@@ -8,9 +8,11 @@ import ast
 import concurrent.futures
 import hashlib
 import inspect
-import multiprocessing
+import json
 import os
 import re
+import subprocess
+import sys
 import sysconfig
 import warnings
 from pathlib import Path
@@ -18,17 +20,22 @@ from pathlib import Path
 from cramfast.errors import UserError
 
 LEAST_WORDS = 1_000_000
+ENOUGH_WORDS = 2_000_000  # an epoch of the default run; more would only cost time before it
 LARGEST_SOURCE_BYTES = 2 << 20  # beyond that, sources are generated tables
-FILES_PER_TASK = 200
+FILES_PER_TASK = 100
 SHORTEST_WORDS = 8  # of a kept paragraph: "Returns:" and the like teach nothing
 _CODE = re.compile(r">>>|\.\.\. |^\s*[-=+|~^`*#]{3,}|^\s*\.\. |^\s*:\w+|[{}<>]|\w\(.*\)\s*$|=\s*\S+$|^\s*@")
 
 
 def source_files() -> list[Path]:
-    """Python files of the standard library and of the installed packages, sorted; tests left out."""
+    """Python files of the standard library, sorted, then of the installed packages in a mixed order; tests left out.
+
+    The order is that of a hash of the path inside its folder: the same on every machine, and a part of the list is a
+    fair sample of the packages.
+    """
     paths = sysconfig.get_paths()
     roots = dict.fromkeys(Path(paths[name]) for name in ("stdlib", "purelib", "platlib"))
-    found = set()
+    found: dict[Path, tuple] = {}
     for root in roots:
         for path in root.rglob("*.py"):
             parts = path.relative_to(root).parts
@@ -36,8 +43,10 @@ def source_files() -> list[Path]:
             if inside_stdlib and "site-packages" in parts:
                 continue  # belongs to another environment, or is listed by its own root
             if not {"tests", "test", "testing", "_vendor", "vendor"} & set(parts):
-                found.add(path)
-    return sorted(found)
+                name = path.relative_to(root).as_posix()
+                mixed = b"" if inside_stdlib else hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
+                found.setdefault(path, (mixed, name))
+    return sorted(found, key=found.__getitem__)
 
 
 def docstrings(path: Path) -> list[str]:
@@ -73,7 +82,24 @@ def clean(docstring: str) -> str:
 
 
 def _collect(paths: list[Path]) -> list[str]:
-    return [text for path in paths for text in docstrings(path)]
+    """Docstrings of some files, read by a fresh Python.
+
+    ast holds the interpreter lock, so threads alone gain nothing; a fork would not survive torch's threads, and a
+    process of `multiprocessing` imports the caller's main module, torch and all.
+    """
+    package = str(Path(__file__).resolve().parent.parent)
+    search = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "cramfast.docstrings"],
+        input=json.dumps([str(path) for path in paths]),
+        env=os.environ | {"PYTHONPATH": search},
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C reaches us alone; the few workers end by themselves
+        text=True,
+        encoding="utf-8",
+        check=True,
+    )
+    return json.loads(done.stdout)
 
 
 def write_docstrings(path: Path, progress=None) -> int:
@@ -94,10 +120,9 @@ def write_docstrings(path: Path, progress=None) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8", errors="replace") as out:
-            # Processes, because ast holds the interpreter lock; spawned, because torch's threads do not survive a fork.
-            context = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(min(4, os.cpu_count() or 1), mp_context=context) as pool:
-                for done, texts in enumerate(pool.map(_collect, tasks)):
+            pool = concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+            try:
+                for texts in pool.map(_collect, tasks):
                     for text in texts:
                         key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).digest()
                         if key not in seen:
@@ -105,7 +130,11 @@ def write_docstrings(path: Path, progress=None) -> int:
                             out.write(text + "\n\n")
                             words += len(text.split())
                     if progress:
-                        progress("reading docstrings", done + 1, len(tasks))
+                        progress("reading docstrings (words)", min(words, ENOUGH_WORDS), ENOUGH_WORDS)
+                    if words >= ENOUGH_WORDS:
+                        break
+            finally:
+                pool.shutdown(cancel_futures=True)
         if words < LEAST_WORDS:
             raise UserError(f"only {words:,} words of docstrings on this machine — name your own text with --data")
         partial.replace(path)
@@ -116,3 +145,7 @@ def write_docstrings(path: Path, progress=None) -> int:
     finally:
         partial.unlink(missing_ok=True)
     return words
+
+
+if __name__ == "__main__":  # the worker of _collect
+    json.dump([text for name in json.load(sys.stdin) for text in docstrings(Path(name))], sys.stdout)

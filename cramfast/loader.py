@@ -17,6 +17,7 @@ from cramfast.tokenizer import CLS, FIRST_WORD, MASK, SEP
 
 REMEDY = "run python -m cramfast.prepare again"
 IGNORED = -100  # target of an unused row; cross-entropy's usual mark
+FULL_ENOUGH = 0.94  # a microbatch fuller than this has exactly M masked tokens; only the last of an epoch is not
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,14 @@ class BatchSource:
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(members, batch_offsets) of an epoch; the last two are kept."""
+        """(members, batch_offsets) of an epoch; the last two are kept. Threads may call it: the dict is never changed."""
         key = epoch if self.shuffle else 0
-        if key not in self._plans:
+        plans = self._plans
+        if key not in plans:
             made = pack.plan_epoch(self.lengths, self.batch_tokens, self.max_sequences, self.seed, key, self.shuffle)
-            self._plans = {k: v for k, v in self._plans.items() if k == key - 1} | {key: made}
-        return self._plans[key]
+            self._plans = {k: v for k, v in plans.items() if k == key - 1} | {key: made}
+            return made
+        return plans[key]
 
     def batches(self, epoch: int) -> int:
         """Microbatches in this epoch; every chunk is in exactly one."""
@@ -162,6 +165,9 @@ class BatchSource:
 
     def batch(self, epoch: int, index: int, mask_fraction: float) -> Batch:
         """Rebuild one microbatch; M = round(mask_fraction * N) of its tokens are to be predicted.
+
+        Every document is in exactly one microbatch of an epoch, so the last one of an epoch is partly padding; then
+        only that share of its real tokens is predicted, and the rows left over are marked unused.
 
         Raises:
             IndexError: no such microbatch in this epoch.
@@ -175,19 +181,27 @@ class BatchSource:
         places = np.empty(N, np.int64)
         chosen_chunks = members[offsets[index] : offsets[index + 1]]
         used = pack.fill(self.ids, self.starts, self.lengths, chosen_chunks, ids, cu_seqlens, places, CLS, SEP)
-        masked, target = self._mask(ids, places, epoch, M)
+        # The last microbatch of an epoch may be half empty; masking M of its tokens would hide nearly all of them.
+        wanted = M if used > FULL_ENOUGH * N else round(mask_fraction * int(used))
+        masked, target = self._mask(ids, places, epoch, M, max(1, wanted))
         tensors = (torch.from_numpy(a) for a in (ids, cu_seqlens, masked, target))
         return Batch(*tensors, max_seqlen=self.sequence_len, tokens=int(used))
 
-    def _mask(self, ids: np.ndarray, places: np.ndarray, epoch: int, M: int) -> tuple[np.ndarray, np.ndarray]:
-        """Choose exactly M ordinary words (fewer only where there are fewer), hide them in `ids`, return both."""
+    def _mask(
+        self, ids: np.ndarray, places: np.ndarray, epoch: int, M: int, wanted: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose exactly `wanted` ordinary words (fewer only where there are fewer), hide them in `ids`.
+
+        Returns:
+            (M,) positions and (M,) words there, padded as `Batch` says.
+        """
         # A word that the tokenizer could not split is [UNK]; predicting it would teach nothing.
         eligible = (places >= 0) & (ids >= FIRST_WORD)
         keys, positions = np.empty(len(ids), np.uint64), np.empty(len(ids), np.int64)
         count = pack.mask_keys(places, eligible, self.seed, epoch, keys, positions)
         keys, positions = keys[:count], positions[:count]
-        if count > M:
-            smallest = np.sort(np.argpartition(keys, M)[:M])
+        if count > wanted:
+            smallest = np.sort(np.argpartition(keys, wanted)[:wanted])
             keys, positions = keys[smallest], positions[smallest]
         masked, target = np.zeros(M, np.int64), np.full(M, IGNORED, np.int64)
         masked[: len(positions)] = positions
@@ -211,6 +225,12 @@ class Prefetcher:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(source, mask_fraction, position), daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
 
     def __iter__(self) -> "Prefetcher":
         return self

@@ -12,10 +12,11 @@ POOL = 4096  # chunks the packer chooses from; all lengths up to 512 occur among
 
 
 def chunk_documents(offsets: np.ndarray, sequence_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut documents into nearly equal chunks of at most sequence_len - 2 tokens; no token is lost.
+    """Cut documents into chunks of sequence_len - 2 tokens and one of the rest; no token is lost.
 
-    Equal pieces rather than full ones and a rest: the rest of a long document would often be a few words without
-    context.
+    Full chunks rather than equal ones: they see the most context and fill a microbatch without a gap, and the rests,
+    few and of every length, close the gaps there are. Equal chunks of long documents, all slightly shorter than a
+    sequence, left 3.3 % of 4096 slots empty at length 512 on Wikipedia; full ones leave none.
 
     Args:
         offsets: (documents + 1,) int64, token offsets of the documents.
@@ -28,9 +29,8 @@ def chunk_documents(offsets: np.ndarray, sequence_len: int) -> tuple[np.ndarray,
     pieces = -(-sizes // body)
     document = np.repeat(np.arange(len(sizes)), pieces)
     rank = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    begin = rank * sizes[document] // pieces[document]
-    end = (rank + 1) * sizes[document] // pieces[document]
-    return offsets[:-1][document] + begin, (end - begin).astype(np.int32)
+    begin = rank * body
+    return offsets[:-1][document] + begin, np.minimum(sizes[document] - begin, body).astype(np.int32)
 
 
 def plan_epoch(
@@ -46,18 +46,21 @@ def plan_epoch(
     Returns:
         (members, batch_offsets): microbatch b holds chunks members[batch_offsets[b]:batch_offsets[b + 1]].
     """
-    order = np.arange(len(lengths), dtype=np.int64)
     if shuffle:
         # PCG64DXSM: the field's common samplers are biased at hundreds of millions of items (ModernBERT, 2412.13663).
-        order = np.random.Generator(np.random.PCG64DXSM((seed, epoch))).permutation(order)
+        # Its raw numbers are the same in every version of numpy, which Generator.permutation does not promise.
+        order = np.argsort(np.random.PCG64DXSM((seed, epoch)).random_raw(len(lengths)), kind="stable")
+    else:
+        order = np.arange(len(lengths), dtype=np.int64)
     slots = lengths + np.int32(SPECIALS_PER_SEQUENCE)
     members, ends = _pack(order, slots, batch_tokens, max_sequences, POOL, int(slots.max(initial=1)))
     return members, np.concatenate([[0], ends])
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _pack(order, slots, batch_tokens, max_sequences, pool, longest):
-    """Fill one microbatch at a time: the oldest chunk of the pool while any would fit, then the longest that fits.
+    """Fill one microbatch at a time: the oldest chunk of the pool while any two would fit, then the one or the two
+    that fit exactly, else the longest that fits.
 
     The pool is a ring of `pool` places over the shuffled order; places of equal length are doubly linked, oldest
     first, so that both choices and the removal take constant time.
@@ -91,9 +94,7 @@ def _pack(order, slots, batch_tokens, max_sequences, pool, longest):
             if left >= 2 * longest:
                 chosen = head
             else:
-                size = min(left, longest)
-                while size > 0 and first[size] < 0:
-                    size -= 1
+                size = _best_size(first, last, left, longest)
                 if size == 0:
                     break
                 chosen = first[size]
@@ -117,7 +118,23 @@ def _pack(order, slots, batch_tokens, max_sequences, pool, longest):
     return members, ends[:batches]
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
+def _best_size(first, last, left, longest):
+    """The size that closes a gap of `left` slots best: alone, with a second one, or the largest; 0 if none fits."""
+    if left <= longest and first[left] >= 0:
+        return left
+    for size in range(min(left - 1, longest), (left - 1) // 2, -1):
+        other = left - size
+        if other <= longest and first[size] >= 0 and first[other] >= 0:
+            if size != other or first[size] != last[size]:
+                return size
+    size = min(left, longest)
+    while size > 0 and first[size] < 0:
+        size -= 1
+    return size
+
+
+@numba.njit(cache=True, nogil=True)
 def fill(ids, starts, lengths, members, out, offsets, places, cls, sep):
     """Write [CLS] chunk [SEP] of every member and return the tokens used.
 
@@ -142,7 +159,7 @@ def fill(ids, starts, lengths, members, out, offsets, places, cls, sep):
     return used
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _mix(x):
     """The finaliser of SplitMix64 (Steele, Lea, Flood, 2014): every input bit reaches every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -150,7 +167,7 @@ def _mix(x):
     return x ^ (x >> np.uint64(31))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def mask_keys(places, eligible, seed, epoch, keys, positions):
     """A random 64-bit key for each token that may be masked, from (seed, epoch, place); returns how many there are.
 
@@ -169,7 +186,7 @@ def mask_keys(places, eligible, seed, epoch, keys, positions):
     return count
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def replace_masked(out, chosen, keys, mask, first_word, word_count, all_mask):
     """Hide the chosen tokens: 80 % [MASK], 10 % a random word, 10 % kept; or [MASK] always."""
     for i in range(len(chosen)):

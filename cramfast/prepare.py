@@ -21,15 +21,22 @@ from tokenizers import Tokenizer
 from cramfast import docstrings
 from cramfast.corpus import Documents, find_files, read_documents
 from cramfast.errors import UserError, command
-from cramfast.loader import read_manifest, verify
+from cramfast.loader import check_size, read_manifest, verify
 from cramfast.tokenizer import load_tokenizer, train_tokenizer, word_count
+from cramfast.wordcache import WordCache
 
 Report = Callable[[str, int, int], None]  # stage, done, total (0: unknown)
 
 SAMPLE_CHARACTERS = 16_000_000  # for the tokenizer; a uniform draw, so more changes little but the time
+SAMPLE_PIECE = 20_000  # characters drawn together, so that no huge document is the whole sample
 BATCH_CHARACTERS = 4_000_000  # encoded at one time; bounds the memory
 DEMO_LINES = 400
+# A small text holds out more than the fraction asked for, up to a share of LARGEST_HELDOUT: a loss over fewer tokens
+# (about 4.5 characters each) is too noisy to compare runs by.
+LEAST_HELDOUT_CHARACTERS = 200_000
+LARGEST_HELDOUT = 0.05
 SPLITS = ("train", "heldout")
+OFFSETS_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Options:
     """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), or a tokenizer.json."""
     vocab_size: int = 32768
     heldout_fraction: float = 0.01
-    """Share of the documents kept out of training, chosen by a hash of their text."""
+    """Share of the documents kept out of training, chosen by a hash of their text; more of a small text."""
     documents: Documents = "blocks"
     """What a document is in a .txt file: a block between blank lines, a line, or the whole file."""
     text_key: str = "text"
@@ -86,16 +93,34 @@ def prepare(
         return Path(data[0])
     if not data:
         data = (str(default_corpus(report)),)
+    if not 0 < heldout_fraction < 1:
+        raise UserError(f"heldout_fraction={heldout_fraction} is not possible — use a value such as 0.01")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} is not possible — use 0 or more")
     options = Options(data, None, tokenizer, vocab_size, heldout_fraction, documents, text_key, seed)
-    folder = out or cache_folder() / "prepared" / _key(options)
-    if (folder / "manifest.json").is_file() and (out is None or read_manifest(folder).get("key") == _key(options)):
+    key = _key(options)
+    folder = out or cache_folder() / "prepared" / key
+    if _holds(folder, key):
         report("using the prepared text in " + str(folder), 1, 1)
         return folder
-    if folder.exists() and any(folder.iterdir()):
+    if out is None:
+        shutil.rmtree(folder, ignore_errors=True)  # damaged; ours to make again
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not empty and not this preparation — name another folder with --out, or remove it")
     with _building(folder) as partial:
         _write(partial, options, report)
     return folder
+
+
+def _holds(folder: Path, key: str) -> bool:
+    """Whether the folder holds this preparation, complete; the contents are not read, only their sizes compared."""
+    try:
+        manifest = read_manifest(folder)
+        for name in manifest["files"]:
+            check_size(folder, manifest, name)
+    except (UserError, OSError):
+        return False
+    return manifest["key"] == key
 
 
 def cache_folder() -> Path:
@@ -129,6 +154,9 @@ def _building(folder: Path) -> Iterator[Path]:
     """A folder beside the final one that takes its name at the end, or vanishes with any error."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
+        for stale in folder.parent.glob(f".{folder.name}.*.partial"):
+            if not _alive(int(stale.suffixes[-2][1:])):  # killed before it could clean up
+                shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         if folder.exists():  # empty, or finished meanwhile by another process with the same key
@@ -140,13 +168,23 @@ def _building(folder: Path) -> Iterator[Path]:
             if not (folder / "manifest.json").is_file():
                 raise
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"{folder}: the disk is full; nothing was kept — free some space and run it again"
             ) from None
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _fraction(text: str, seed: int, purpose: bytes) -> float:
@@ -163,23 +201,14 @@ class _Survey:
     def __init__(self, options: Options, report: Report):
         self.sample: list[tuple[float, str]] = []
         self.documents = self.characters = 0
-        held = nearest = sample_characters = 0
-        sample_below, nearest = 1.0, 1.0
+        self.least_side, self.greatest_side = 1.0, 0.0
+        self.sample_characters, self.sample_below = 0, 1.0
         for text in read_documents(options.data, options.documents, options.text_key):
             self.documents += 1
             self.characters += len(text)
             side = _fraction(text, options.seed, b"heldout")
-            held += side < options.heldout_fraction
-            nearest = min(nearest, side)
-            # Pieces of at most 1e5 characters, so that one huge document cannot be the whole sample.
-            draw = _fraction(text[:256] + str(len(text)), options.seed, b"sample")
-            if draw < sample_below:
-                self.sample.append((draw, text[:100_000]))
-                sample_characters += len(self.sample[-1][1])
-                while sample_characters > 2 * SAMPLE_CHARACTERS:
-                    sample_below /= 2
-                    self.sample = [item for item in self.sample if item[0] < sample_below]
-                    sample_characters = sum(len(t) for _, t in self.sample)
+            self.least_side, self.greatest_side = min(self.least_side, side), max(self.greatest_side, side)
+            self._draw(text, options.seed)
             if self.documents % 5000 == 0:
                 report("reading text", self.documents, 0)
         if self.documents < 2:
@@ -188,9 +217,25 @@ class _Survey:
                 f"{' '.join(options.data)}: {what} found — cramfast needs at least two documents, one to hold out; "
                 "--documents lines takes every line of a .txt file as one"
             )
-        # A small corpus may have no document below the fraction: then the nearest one is held out.
-        self.heldout_below = options.heldout_fraction if held else float(np.nextafter(nearest, 1.0))
+        enough = min(LARGEST_HELDOUT, LEAST_HELDOUT_CHARACTERS / self.characters)
+        wanted = max(options.heldout_fraction, enough)
+        # At least one document on either side, however few there are.
+        self.heldout_below = min(max(wanted, float(np.nextafter(self.least_side, 1.0))), self.greatest_side)
         report("reading text", self.documents, self.documents)
+
+    def _draw(self, text: str, seed: int) -> None:
+        """Perhaps add pieces of the document to the sample; halve the sample when it has grown to twice its size."""
+        for start in range(0, len(text), SAMPLE_PIECE):
+            piece = text[start : start + SAMPLE_PIECE]
+            draw = _fraction(piece[:256], seed, b"sample")
+            if draw >= self.sample_below:
+                continue
+            self.sample.append((draw, piece))
+            self.sample_characters += len(piece)
+            while self.sample_characters > 2 * SAMPLE_CHARACTERS:
+                self.sample_below /= 2
+                self.sample = [item for item in self.sample if item[0] < self.sample_below]
+                self.sample_characters = sum(len(t) for _, t in self.sample)
 
     def texts(self) -> Iterator[str]:
         """The sample, cut to its size."""
@@ -203,33 +248,36 @@ class _Survey:
 
 
 class _SplitWriter:
-    """Ids of one split, appended; counts and checksums on the way."""
+    """Ids and offsets of one split, appended as they come; counts on the way."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, vocab_size: int):
         self.name, self.dtype = name, dtype
-        self.path = folder / f"{name}.ids"
-        self.file = self.path.open("wb")
-        self.hash = hashlib.sha256()
-        self.lengths: list[np.ndarray] = []
-        self.tokens = self.characters = 0
+        self.offsets_path = folder / f"{name}.offsets.npy"
+        self.file, self.offsets_file = (folder / f"{name}.ids").open("wb"), self.offsets_path.open("wb")
+        self.offsets_file.write(bytes(OFFSETS_HEADER_BYTES))  # the number of documents is known at the end
+        self.offsets_file.write(np.zeros(1, np.int64))
+        self.documents = self.tokens = self.characters = 0
         self.histogram = np.zeros(vocab_size, np.int64)
 
     def append(self, ids: np.ndarray, lengths: np.ndarray, characters: int) -> None:
-        data = ids.astype(self.dtype)
-        self.file.write(data)
-        self.hash.update(data)
-        self.lengths.append(lengths)
+        self.file.write(ids.astype(self.dtype))
+        self.offsets_file.write(self.tokens + np.cumsum(lengths))
+        self.documents += len(lengths)
         self.tokens += len(ids)
         self.characters += characters
         self.histogram += np.bincount(ids, minlength=len(self.histogram))
 
     def close(self) -> dict:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        lengths = np.concatenate(self.lengths) if self.lengths else np.zeros(0, np.int64)
-        np.save(self.path.with_name(f"{self.name}.offsets.npy"), np.concatenate([[0], np.cumsum(lengths)]))
-        return {"documents": len(lengths), "tokens": self.tokens, "characters": self.characters}
+        # The .npy format, version 1: magic, length of the description, description filled up with spaces.
+        described = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({self.documents + 1},), }}".encode()
+        filled = described.ljust(OFFSETS_HEADER_BYTES - 11) + b"\n"
+        self.offsets_file.seek(0)
+        self.offsets_file.write(b"\x93NUMPY\x01\x00" + len(filled).to_bytes(2, "little") + filled)
+        for file in (self.file, self.offsets_file):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        return {"documents": self.documents, "tokens": self.tokens, "characters": self.characters}
 
 
 def _write(folder: Path, options: Options, report: Report) -> None:
@@ -258,18 +306,15 @@ def _encode(
     """Second pass: ids of every document to its split. Returns sentences of held-out documents."""
     demo: list[str] = []
     done = 0
+    words = WordCache(tokenizer)
     for texts in _batches(read_documents(options.data, options.documents, options.text_key)):
         sides = [_fraction(text, options.seed, b"heldout") < survey.heldout_below for text in texts]
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for name, held in (("train", False), ("heldout", True)):
-            chosen = [i for i, side in enumerate(sides) if side == held]
-            if not chosen:
-                continue
-            rows = [np.array(encodings[i].ids, np.int64) for i in chosen]
-            lengths = np.array([len(row) for row in rows], np.int64)
-            writers[name].append(np.concatenate(rows), lengths, sum(len(texts[i]) for i in chosen))
+            chosen = [text for text, side in zip(texts, sides, strict=True) if side == held]
+            if chosen:
+                writers[name].append(*words.encode(chosen), sum(map(len, chosen)))
             if held and len(demo) < DEMO_LINES:
-                demo += [line for i in chosen for line in _sentences(texts[i])]
+                demo += [line for text in chosen for line in _sentences(text)]
         done += len(texts)
         report("writing ids", done, survey.documents)
     return demo[:DEMO_LINES]

@@ -16,6 +16,7 @@ from cramfast import checkpoint
 from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config, to_json
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch
+from cramfast.loader import read_manifest
 from cramfast.metrics import measure_matmul_peak
 from cramfast.model import Encoder
 
@@ -67,17 +68,20 @@ def create(run_dir: Path, config: TrainConfig, prepared: Path) -> None:
                 f"{run_dir}: {key}={flatten(config)[key]!r} but the run began with {flatten(old)[key]!r} — "
                 "a resumed run keeps its values; start a new run to change them"
             )
-        if (run_dir / "manifest.json").read_bytes() != (prepared / "manifest.json").read_bytes():
+        manifest = run_dir / "manifest.json"
+        if manifest.exists() and read_manifest(run_dir)["files"] != read_manifest(prepared)["files"]:
             raise UserError(f"{run_dir}: the text in {prepared} is not the one the run began with — start a new run")
     elif run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir}: not empty and no run — choose another --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
+    partial = run_dir.with_name(
+        f".{run_dir.name}.config.json"
+    )  # beside the folder, which is thus empty or has a config
+    partial.write_text(json.dumps(to_json(config), indent=1), encoding="utf-8")
+    partial.replace(stored)
     checkpoint.sweep(run_dir)
     for name in COPIED:
         shutil.copyfile(prepared / name, run_dir / name)
-    partial = run_dir / "config.json.partial"
-    partial.write_text(json.dumps(to_json(config), indent=1), encoding="utf-8")
-    partial.replace(stored)
 
 
 def describe(config: TrainConfig, model: Encoder) -> dict[str, Any]:

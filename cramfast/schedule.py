@@ -14,7 +14,7 @@ def triangle(f: float) -> float:
 
 def one_cycle(f: float) -> float:
     """Up to one at half the budget, down to zero at its end."""
-    return max(START * (1.0 - f), 1.0 - abs(2.0 * f - 1.0))
+    return max(0.0, min(START + (1.0 - START) * 2.0 * f, 2.0 - 2.0 * f))
 
 
 def trapezoid(f: float) -> float:

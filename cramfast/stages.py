@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from cramfast import checkpoint, demo, export, prepare, report
 from cramfast.config import TrainConfig
 from cramfast.kernels import dispatch
+from cramfast.progress import Stages
 from cramfast.record import read_record, span
 
 
@@ -27,24 +28,22 @@ def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
     Raises:
         UserError: no text, or something wrong with it.
     """
-    prepared = prepare.prepare(
-        config.data,
-        None,
-        tokenizer=config.tokenizer,
-        vocab_size=config.model.vocab_size,
-        heldout_fraction=config.heldout_fraction,
-        seed=config.seed,
-        progress=print_progress,
-    )
+    with Stages() as stages:
+        prepared = prepare.prepare(
+            config.data,
+            None,
+            tokenizer=config.tokenizer,
+            vocab_size=config.model.vocab_size,
+            heldout_fraction=config.heldout_fraction,
+            documents=config.documents,
+            text_key=config.text_key,
+            progress=stages,
+        )
     size = Tokenizer.from_file(str(prepared / "tokenizer.json")).get_vocab_size()
     if size != config.model.vocab_size:
         print(f"the tokenizer has {size} entries: model.vocab_size={size}")
         config = replace(config, model=replace(config.model, vocab_size=size))
     return prepared, config
-
-
-def print_progress(stage: str, done: int, total: int) -> None:
-    print(f"  {stage}: {done}/{total}", flush=True)
 
 
 def publish(run_dir: Path) -> None:

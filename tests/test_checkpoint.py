@@ -14,6 +14,7 @@ from cramfast.errors import UserError
 from cramfast.model import Encoder
 from cramfast.optim import AdamW, FlatParameters
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = small_config().model
 
 
@@ -39,7 +40,9 @@ def test_round_trip(tmp_path):
         "model.safetensors", "optimizer.safetensors", "state.json"
     ]  # fmt: skip
     assert checkpoint.restore(saved, after) == state(3)
-    for (name, a), (_, b) in zip(before.flat.views(before.flat.master), after.flat.views(after.flat.master), strict=True):
+    for (name, a), (_, b) in zip(
+        before.flat.views(before.flat.master), after.flat.views(after.flat.master), strict=True
+    ):
         assert torch.equal(a, b), name
     assert torch.equal(before.flat.half, after.flat.half)
     for name, tensor in before.state().items():

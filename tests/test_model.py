@@ -14,6 +14,7 @@ from cramfast.model import Encoder, flops_per_token, positions
 from cramfast.optim import AdamW, FlatParameters
 from cramfast.recipes import PRESETS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = (5, 40, 1, 23)
 
 
@@ -210,7 +211,12 @@ def test_presets_are_possible(device):
 
 @pytest.mark.parametrize(
     ("changes", "word"),
-    [({"heads": 5}, "heads"), ({"vocab_size": 1000}, "vocab_size"), ({"layers": 0}, "layers"), ({"width": 60}, "width")],
+    [
+        ({"heads": 5}, "heads"),
+        ({"vocab_size": 1000}, "vocab_size"),
+        ({"layers": 0}, "layers"),
+        ({"width": 60}, "width"),
+    ],
 )
 def test_impossible_models_are_named(changes, word):
     with pytest.raises(UserError, match=word):

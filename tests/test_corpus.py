@@ -1,0 +1,132 @@
+"""Reading text: formats and compressions agree, and every bad input names its place."""
+
+import gzip
+import json
+import lzma
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from cramfast import corpus, docstrings
+from cramfast.corpus import read_documents
+from cramfast.errors import UserError
+
+DOCUMENTS = ["First line.\nSecond line of one.", "Ein zweites: Größe, 日本語, 🙂.", "A third."]
+PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+
+
+def read(*sources, **options):
+    return list(read_documents(tuple(map(str, sources)), **options))
+
+
+@pytest.mark.parametrize("compression", PACK)
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_every_format_and_compression_gives_the_same_documents(tmp_path, kind, compression):
+    text = "\n\n".join(DOCUMENTS) if kind == "txt" else "\n".join(json.dumps({"text": d}) for d in DOCUMENTS)
+    path = tmp_path / f"a.{kind}{compression}"
+    path.write_bytes(PACK[compression]((text + "\n").encode()))
+    assert read(path) == DOCUMENTS
+
+
+def test_parquet_and_other_columns(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": [*DOCUMENTS, None]}), tmp_path / "a.parquet")
+    assert read(tmp_path, text_key="body") == DOCUMENTS
+    with pytest.raises(UserError, match=r"a\.parquet: no column 'text' \(there: body\)"):
+        read(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match=r"a\.parquet: damaged"):
+        read(tmp_path, text_key="body")
+
+
+def test_three_readings_of_a_text_file(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\none\ntwo\r\n \n\n\nthree\n", encoding="utf-8-sig", newline="")
+    assert read(tmp_path) == ["one\ntwo", "three"]
+    assert read(tmp_path, documents="lines") == ["one", "two", "three"]
+    assert read(tmp_path, documents="files") == ["one\ntwo\n \n\n\nthree"]
+
+
+def test_folders_and_globs_are_read_in_sorted_order_once(tmp_path):
+    for name in ("b/2.txt", "a/9.txt", "1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    assert read(tmp_path) == ["1.txt", "a/9.txt", "b/2.txt"]
+    assert read(tmp_path / "*" / "*.txt") == ["a/9.txt", "b/2.txt"]
+
+
+def test_a_long_document_comes_in_pieces_and_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST_PIECE", 100)
+    text = " ".join(f"word{i}" for i in range(200))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    for name in ("a.txt", "b.jsonl"):
+        pieces = read(tmp_path / name)
+        assert max(map(len, pieces)) <= 200
+        assert "".join("".join(pieces).split()) == text.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl:1: a JSON list"),
+        ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1: no key 'text' \(there: body\)"),
+        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1: 'text' is a int"),
+        ("a.txt", b"fine\n" * 3000 + b"caf\xe9 noir\n", r"a\.txt:3001: byte 4 of the line is not UTF-8"),
+        ("a.txt.gz", gzip.compress(b"text\n" * 10000)[:-30], r"a\.txt\.gz: damaged or truncated"),
+        ("a.txt.gz", gzip.compress(b"t")[:10] + b"\xff" * 20, r"a\.txt\.gz: damaged or truncated"),
+        ("a.txt.xz", lzma.compress(b"text\n" * 10000)[:-30], r"a\.txt\.xz: damaged or truncated"),
+        ("a.txt.zst", b"not zstd at all", r"a\.txt\.zst: damaged or truncated"),
+        ("a.docx", b"PK", r"a\.docx: unknown kind of file — cramfast reads \.txt, \.jsonl, \.parquet"),
+    ],
+)
+def test_bad_input_is_named_with_its_place(tmp_path, name, data, message):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match="no text in this folder"):
+        read(tmp_path)
+    with pytest.raises(UserError, match=r"missing\*\.txt: no such file"):
+        read(tmp_path / "missing*.txt")
+
+
+def test_a_dataset_without_the_package_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'cramfast\[hf\]'"):
+        read("hf:wikitext:wikitext-2-v1:train")
+
+
+def test_docstrings_become_prose(tmp_path):
+    (tmp_path / "m.py").write_text(
+        '"""Compute the sum of all the numbers that a list holds.\n\n    >>> total([1, 2])\n    3\n\n'
+        '    =====  =====\n    table  table\n    =====  =====\n"""\n'
+        'def f():\n    "A pattern such as \\d is no error here, only a warning."\n'
+    )
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    texts = docstrings.docstrings(tmp_path / "m.py")
+    assert texts[0] == "Compute the sum of all the numbers that a list holds."
+    assert texts[1].startswith("A pattern such as")
+    assert docstrings.docstrings(tmp_path / "broken.py") == []
+
+
+def test_docstrings_are_the_same_twice_and_hold_no_repetition(tmp_path, monkeypatch):
+    files = docstrings.source_files()[:60]
+    monkeypatch.setattr(docstrings, "source_files", lambda: files + files)
+    monkeypatch.setattr(docstrings, "FILES_PER_TASK", 40)
+    with pytest.raises(UserError, match="words of docstrings on this machine"):
+        docstrings.write_docstrings(tmp_path / "none.txt")
+    monkeypatch.setattr(docstrings, "LEAST_WORDS", 1000)
+    for name in ("a.txt", "b.txt"):
+        assert docstrings.write_docstrings(tmp_path / name) > 1000
+    assert (tmp_path / "a.txt").read_bytes() == (tmp_path / "b.txt").read_bytes()
+    found = read(tmp_path / "a.txt")
+    assert len(found) == len(set(found))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.txt"]  # nothing half-written stays

@@ -1,0 +1,77 @@
+"""N steps, a new process's worth of fresh state, N more: the same bits as 2N in one go."""
+
+import dataclasses
+
+import pytest
+import torch
+from fake_loader import rows, run, same_bits, small_config, weights
+
+from cramfast import checkpoint
+from cramfast.budget import Budget, Progress
+from cramfast.interrupt import Interrupt
+from cramfast.train import train
+
+pytestmark = pytest.mark.usefixtures("fake_text")
+
+
+class HalfWay(Budget):
+    """The same schedule as the whole budget, but it says that all is spent at half of it."""
+
+    def fraction(self, progress: Progress) -> float:
+        spent = super().fraction(progress)
+        return spent if spent < 0.5 else 1.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, {"mask_fraction_end": 0.15}], ids=["", "mask schedule"])
+def test_two_halves_equal_the_whole(tmp_path, dtype, changes):
+    whole = run(tmp_path / "whole", "24000tokens", dtype=dtype, **changes)
+    halves = tmp_path / "halves"
+    run(halves, HalfWay("tokens", 24000), dtype=dtype, **changes)
+    middle = int(checkpoint.newest(halves).name[-8:])
+    torch.manual_seed(99)  # nothing may hang on the process's generator
+    run(halves, "24000tokens", dtype=dtype, **changes)
+    assert 0 < middle < len(rows(whole))
+    assert same_bits(weights(whole), weights(halves))
+    assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(halves)]
+    assert [row["step"] for row in rows(halves)] == list(range(1, len(rows(whole)) + 1))
+
+
+def test_rows_beyond_the_checkpoint_are_dropped(tmp_path):
+    folder = run(tmp_path / "run", "6steps")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "fraction": 0.9, "microbatches": 1}\n{"step": 8, "frac')
+    run(folder, "8steps")
+    assert [row["step"] for row in rows(folder)] == list(range(1, 9))
+
+
+def test_a_spent_budget_is_left_alone_and_a_raised_one_goes_on(tmp_path):
+    folder = run(tmp_path / "run", "5steps")
+    before = weights(folder)
+    run(folder, "5steps")
+    assert same_bits(before, weights(folder)) and len(rows(folder)) == 5
+    run(folder, "9steps")
+    assert len(rows(folder)) == 9 and not same_bits(before, weights(folder))
+
+
+def test_an_interrupted_update_is_made_again(tmp_path, monkeypatch):
+    """The stop comes in the middle of an accumulated update."""
+    whole = run(tmp_path / "whole", "6steps", ramp_fraction=0.0)
+    plain, calls = torch.Tensor.backward, iter(range(10**6))
+
+    def backward(self, *args):
+        plain(self, *args)
+        if next(calls) == 4 * 3 + 2:  # the warm-up, three updates of four microbatches, and two microbatches
+            handlers[0].note(2, None)
+
+    handlers = []
+    enter = Interrupt.__enter__
+    monkeypatch.setattr(Interrupt, "__enter__", lambda self: handlers.append(self) or enter(self))
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    config = small_config(ramp_fraction=0.0)
+    assert not train(config, folder, folder, Budget("steps", 6))
+    assert checkpoint.newest(folder).name == "step-00000003"
+    assert train(dataclasses.replace(config, budget="6steps"), folder, folder, Budget("steps", 6))
+    assert same_bits(weights(whole), weights(folder))

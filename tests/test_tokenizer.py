@@ -1,0 +1,136 @@
+"""Tokenizers: fixed special ids, the same for the same text in every process, and a word cache that changes nothing."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cramfast.errors import UserError
+from cramfast.tokenizer import FIRST_WORD, SPECIAL_TOKENS, load_tokenizer, train_tokenizer, word_count
+from cramfast.wordcache import WordCache
+
+TEXTS = [f"The {a} {b} isn't as {a} as {b}'s own number {i * 37}." for i, a in enumerate(
+    "red green quick lazy small tired golden unhappy running walked".split()
+) for b in "fox dog house river mountain tokenizer children station".split()]  # fmt: skip
+KINDS = ("wordpiece", "bpe")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request):
+    return train_tokenizer(TEXTS, request.param, 512)
+
+
+def test_special_tokens_have_fixed_ids_and_frame_a_sequence(tokenizer):
+    assert [tokenizer.id_to_token(i) for i in range(FIRST_WORD)] == list(SPECIAL_TOKENS)
+    assert tokenizer.encode("the dog").tokens[0] == "[CLS]" and tokenizer.encode("the dog").tokens[-1] == "[SEP]"
+    assert tokenizer.get_vocab_size() % 64 == 0
+    assert tokenizer.id_to_token(word_count(tokenizer) - 1)[:7] != "[unused"
+    assert all(tokenizer.id_to_token(i) == f"[unused{i - word_count(tokenizer)}]"
+               for i in range(word_count(tokenizer), tokenizer.get_vocab_size()))  # fmt: skip
+
+
+def test_wordpiece_is_lower_cased_ascii():
+    tokenizer = train_tokenizer(TEXTS, "wordpiece", 512)
+    tokens = tokenizer.encode("“Café” — naïve 日本 DOG’s\x00end", add_special_tokens=False)
+    assert tokenizer.decode(tokens.ids).replace(" ", "") == '"cafe"-naivedog\'send'
+    assert "[UNK]" not in tokens.tokens
+
+
+def test_byte_level_gives_any_text_back():
+    tokenizer = train_tokenizer(TEXTS, "bpe", 512)
+    for text in ("Größe 日本語 🙂 — İstanbul\t\n  x", "\x00\x1f weird\u2028line", "  leading and trailing  "):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+PROGRAM = """
+import sys, hashlib
+from cramfast.tokenizer import train_tokenizer
+text = open(sys.argv[2], encoding="utf-8").read().split("\\n\\n")
+print(hashlib.sha256(train_tokenizer(text, sys.argv[1], 4096).to_str().encode()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_gives_the_same_bytes_whatever_the_hash_seed(kind, tmp_path):
+    """On text with foreign letters and control characters, whose order of discovery is random in the trainer."""
+    noise = [f"{t} x{chr(7 + i % 20)}y ß{chr(0x4E00 + i)} a{chr(0x3B1 + i % 24)}b" for i, t in enumerate(TEXTS * 5)]
+    sample = tmp_path / "text.txt"
+    words = (hashlib.md5(str(i).encode()).hexdigest()[: 3 + i % 9] for i in range(20000))
+    sample.write_text("\n\n".join([*noise, " ".join(words)]), encoding="utf-8")
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, kind, str(sample)],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "77")
+    }
+    assert len(hashes) == 1
+
+
+def same_ids(tokenizer, texts):
+    tokenizer.encode_special_tokens = True
+    plain = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    cache = WordCache(tokenizer)
+    assert cache.splits_at_words
+    for _ in range(2):  # cold and warm
+        ids, lengths = cache.encode(texts)
+        assert lengths.tolist() == [len(row) for row in plain]
+        assert ids.tolist() == [i for row in plain for i in row]
+
+
+AWKWARD = st.text(alphabet=st.sampled_from("ab1Z'.,-_ \t\n\r\x00\x0b\x85\xa0é́ß日\u2028\u3000’—İΣ٣²"), max_size=40)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.one_of(AWKWARD, st.text(max_size=30)), max_size=4))
+def test_word_cache_gives_the_ids_of_the_tokenizer(tokenizer_pair, texts):
+    for tokenizer in tokenizer_pair:
+        same_ids(tokenizer, texts)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_pair():
+    return [train_tokenizer(TEXTS, kind, 512) for kind in KINDS]
+
+
+def test_word_cache_on_contractions_numbers_and_special_words(tokenizer):
+    same_ids(tokenizer, ["", "can't 'tis it's'll 3.14 (a) a_b [MASK] [unused0] don't'", "x" * 300, "a  b   c \n d", " "])
+    assert not set(WordCache(tokenizer).encode(["a [MASK] b [CLS]"])[0].tolist()) & {0, 2, 3, 4}
+
+
+def test_word_cache_starts_afresh_when_full(tokenizer, monkeypatch):
+    monkeypatch.setattr("cramfast.wordcache.MOST_WORDS", 50)
+    monkeypatch.setattr("cramfast.wordcache.SLOTS", 256)
+    cache = WordCache(tokenizer)
+    texts = [f"w{i} v{i * i}" for i in range(2000)]
+    plain = np.concatenate([e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+    assert np.array_equal(np.concatenate([cache.encode(texts[i : i + 40])[0] for i in range(0, 2000, 40)]), plain)
+    assert np.array_equal(cache.encode(texts)[0], plain)  # more words at once than the table holds
+
+
+def test_a_given_tokenizer_is_checked(tmp_path, tokenizer):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    assert load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
+    path.write_text(path.read_text().replace("[MASK]", "<mask>"))
+    with pytest.raises(UserError, match=r"\[MASK\] has id None, not 4"):
+        load_tokenizer(path)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="not a tokenizer"):
+        load_tokenizer(path)
+    with pytest.raises(UserError, match="no such file"):
+        load_tokenizer(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(("kind", "size"), [("wordpiece", 1000), ("bpe", 64), ("unigram", 512)])
+def test_impossible_tokenizers_are_refused(kind, size):
+    with pytest.raises(UserError):
+        train_tokenizer(TEXTS, kind, size)
