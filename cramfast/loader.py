@@ -82,8 +82,9 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"{path}: missing, so the folder was not prepared to the end — {REMEDY}") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged JSON ({error}) — {REMEDY}") from None
-    if manifest.get("version") != 1:
-        raise UserError(f"{path}: version {manifest.get('version')} is not known here — {REMEDY}")
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != 1:
+        raise UserError(f"{path}: version {version} is not known here — {REMEDY}")
     return manifest
 
 
@@ -150,7 +151,7 @@ class BatchSource:
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(members, batch_offsets) of an epoch; the last two are kept. Threads may call it: the dict is never changed."""
+        """(members, batch_offsets) of an epoch; the last two are kept, in a dict never changed, as threads may call."""
         key = epoch if self.shuffle else 0
         plans = self._plans
         if key not in plans:

@@ -9,6 +9,7 @@ import numpy as np
 
 SPECIALS_PER_SEQUENCE = 2  # [CLS] and [SEP]
 POOL = 4096  # chunks the packer chooses from; all lengths up to 512 occur among them in ordinary text
+TRIED_THIRDS = 64  # sizes tried as the first of three; bounds the search
 
 
 def chunk_documents(offsets: np.ndarray, sequence_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,8 +60,8 @@ def plan_epoch(
 
 @numba.njit(cache=True, nogil=True)
 def _pack(order, slots, batch_tokens, max_sequences, pool, longest):
-    """Fill one microbatch at a time: the oldest chunk of the pool while any two would fit, then the one or the two
-    that fit exactly, else the longest that fits.
+    """Fill one microbatch at a time: the oldest chunk of the pool while any three would fit, then the one, two or
+    three that fit exactly, else the longest that fits.
 
     The pool is a ring of `pool` places over the shuffled order; places of equal length are doubly linked, oldest
     first, so that both choices and the removal take constant time.
@@ -91,7 +92,7 @@ def _pack(order, slots, batch_tokens, max_sequences, pool, longest):
                 tail += 1
             if head == tail:
                 break
-            if left >= 2 * longest:
+            if left >= 3 * longest:
                 chosen = head
             else:
                 size = _best_size(first, last, left, longest)
@@ -119,19 +120,37 @@ def _pack(order, slots, batch_tokens, max_sequences, pool, longest):
 
 
 @numba.njit(cache=True, nogil=True)
-def _best_size(first, last, left, longest):
-    """The size that closes a gap of `left` slots best: alone, with a second one, or the largest; 0 if none fits."""
-    if left <= longest and first[left] >= 0:
-        return left
+def _pair(first, last, left, longest):
+    """The larger of two present sizes that add up to `left`, or 0."""
     for size in range(min(left - 1, longest), (left - 1) // 2, -1):
         other = left - size
-        if other <= longest and first[size] >= 0 and first[other] >= 0:
-            if size != other or first[size] != last[size]:
+        present = other <= longest and first[size] >= 0 and first[other] >= 0
+        if present and (size != other or first[size] != last[size]):
+            return size
+    return 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _best_size(first, last, left, longest):
+    """The size that closes a gap of `left` slots best: alone, with one or two more, or the largest; 0: none fits."""
+    if left <= longest and first[left] >= 0:
+        return left
+    largest = min(left, longest)
+    while largest > 0 and first[largest] < 0:
+        largest -= 1
+    if largest == 0 or left > 3 * longest:
+        return largest
+    size = _pair(first, last, left, longest)
+    if size > 0:
+        return size
+    tried, size = 0, largest
+    while size > 0 and tried < TRIED_THIRDS:
+        if first[size] >= 0 and first[size] != last[size]:
+            tried += 1
+            if _pair(first, last, left - size, longest) > 0:
                 return size
-    size = min(left, longest)
-    while size > 0 and first[size] < 0:
         size -= 1
-    return size
+    return largest
 
 
 @numba.njit(cache=True, nogil=True)

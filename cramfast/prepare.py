@@ -378,7 +378,7 @@ def main() -> None:
 
     from cramfast.progress import Stages
 
-    options = tyro.cli(Options, description=__doc__)
+    options = tyro.cli(Options, prog="python -m cramfast.prepare", description=__doc__)
     console = Console()
     if options.verify is not None:
         verify(options.verify)

@@ -5,6 +5,7 @@ after an ASCII letter or digit that a printable ASCII sign or a line break follo
 two printable ASCII characters. Bytes of other characters never touch a cut, so normalisation cannot reach across.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -80,7 +81,7 @@ class WordCache:
             return
         ends = self.word_ends[known : self.words + 1].tolist()
         raw = self.spelling[: ends[-1]].tobytes()
-        rows = self._ask([raw[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)])
+        rows = self._ask([raw[a:b].decode() for a, b in itertools.pairwise(ends)])
         sizes = np.array([len(row) for row in rows], np.int64)
         begin = self.id_ends[known]
         self.id_ends = _grown(self.id_ends, self.words + 1)
@@ -115,7 +116,7 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
 
 @numba.njit(cache=True, nogil=True)
 def _kind(byte):
-    """0 other (control or part of a non-ASCII character), 1 letter or digit, 2 printable sign, 3 space, 4 line break."""
+    """0 other (control, or part of a non-ASCII character), 1 letter or digit, 2 printable sign, 3 space, 4 break."""
     if byte == 32:
         return 3
     if byte == 10 or byte == 13 or byte == 9:

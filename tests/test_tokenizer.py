@@ -14,9 +14,9 @@ from cramfast.errors import UserError
 from cramfast.tokenizer import FIRST_WORD, SPECIAL_TOKENS, load_tokenizer, train_tokenizer, word_count
 from cramfast.wordcache import WordCache
 
-TEXTS = [f"The {a} {b} isn't as {a} as {b}'s own number {i * 37}." for i, a in enumerate(
-    "red green quick lazy small tired golden unhappy running walked".split()
-) for b in "fox dog house river mountain tokenizer children station".split()]  # fmt: skip
+ADJECTIVES = ("red", "green", "quick", "lazy", "small", "tired", "golden", "unhappy", "running", "walked")
+NOUNS = ("fox", "dog", "house", "river", "mountain", "tokenizer", "children", "station")
+TEXTS = [f"The {a} {b} isn't as {a} as {b}'s number {i * 37}." for i, a in enumerate(ADJECTIVES) for b in NOUNS]
 KINDS = ("wordpiece", "bpe")
 
 
@@ -102,7 +102,9 @@ def tokenizer_pair():
 
 
 def test_word_cache_on_contractions_numbers_and_special_words(tokenizer):
-    same_ids(tokenizer, ["", "can't 'tis it's'll 3.14 (a) a_b [MASK] [unused0] don't'", "x" * 300, "a  b   c \n d", " "])
+    same_ids(
+        tokenizer, ["", "can't 'tis it's'll 3.14 (a) a_b [MASK] [unused0] don't'", "x" * 300, "a  b   c \n d", " "]
+    )
     assert not set(WordCache(tokenizer).encode(["a [MASK] b [CLS]"])[0].tolist()) & {0, 2, 3, 4}
 
 

@@ -1,0 +1,241 @@
+"""Preparing text: complete or not there at all, the same bytes for the same text, and errors a user can mend."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from cramfast import prepare as stage
+from cramfast.errors import UserError, command
+from cramfast.loader import PreparedText, read_manifest, verify
+from cramfast.prepare import prepare
+
+CORPUS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "corpus" / "small.txt.xz"
+OPTIONS = {"vocab_size": 512}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_text(path, documents=200, seed=0):
+    rng = random.Random(seed)
+    words = [a + b for a in ("be", "ka", "lo", "ni") for b in ("n", "r", "st", "ll", "mp", "nd", "sk")]
+    text = (". ".join(" ".join(rng.choices(words, k=9)) for _ in range(rng.randint(1, 9))) for _ in range(documents))
+    path.write_text("\n\n".join(text) + "\n")
+    return str(path)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"}
+
+
+def test_what_is_stored_is_the_text(tmp_path):
+    data = write_text(tmp_path / "a.txt")
+    seen = []
+    folder = prepare((data,), tmp_path / "out", **OPTIONS, progress=lambda *call: seen.append(call))
+    verify(folder)
+    assert {stage for stage, _, _ in seen} == {"reading text", "training the tokenizer", "writing ids"}
+    manifest, tokenizer = read_manifest(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    split = {name: PreparedText(folder, name) for name in ("train", "heldout")}
+    stored = [tokenizer.decode(list(t.ids[a:b])) for t in split.values()
+              for a, b in zip(t.offsets, t.offsets[1:], strict=False)]  # fmt: skip
+    original = [" ".join(d.split()) for d in (tmp_path / "a.txt").read_text().split("\n\n")]
+    assert sorted(stored) == sorted(original)
+    for name, text in split.items():
+        assert manifest["splits"][name] == {
+            "documents": len(text.offsets) - 1,
+            "tokens": len(text.ids),
+            "characters": manifest["splits"][name]["characters"],
+        }
+    assert (
+        sum(s["characters"] for s in manifest["splits"].values()) == len((tmp_path / "a.txt").read_text()) - 2 * 199 - 1
+    )
+    counts = np.bincount(split["train"].ids)
+    share = counts[counts > 0] / counts.sum()
+    assert manifest["unigram_entropy_nats"] == pytest.approx(-(share * np.log(share)).sum())
+    lines = (folder / "heldout.txt").read_text().splitlines()
+    assert lines and all(line in " ".join((tmp_path / "a.txt").read_text().split()) for line in lines)
+
+
+def test_the_same_text_gives_the_same_bytes(tmp_path):
+    data = write_text(tmp_path / "a.txt")
+    one, two = (prepare((data,), tmp_path / name, **OPTIONS) for name in ("one", "two"))
+    assert contents(one) == contents(two)
+    assert (one / "manifest.json").read_bytes() == (two / "manifest.json").read_bytes()
+
+
+def test_heldout_documents_are_chosen_by_their_text(tmp_path):
+    text = Path(write_text(tmp_path / "a.txt", 400)).read_text()
+    documents = text.strip().split("\n\n")
+    (tmp_path / "b.txt").write_text("\n\n".join(reversed(documents + documents)))
+    options = OPTIONS | {"documents": "blocks", "heldout_fraction": 0.2}
+    held = []
+    for name in ("a", "b"):
+        folder = prepare((str(tmp_path / f"{name}.txt"),), tmp_path / name, **options)
+        held.append(read_manifest(folder)["splits"]["heldout"]["documents"])
+    assert held[1] == 2 * held[0]  # whatever the order and however often a document comes
+    assert 0.14 < held[0] / 400 < 0.26
+    other = read_manifest(prepare((str(tmp_path / "a.txt"),), tmp_path / "c", **options | {"seed": 5}))
+    assert 0.14 < other["splits"]["heldout"]["documents"] / 400 < 0.26
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.9999])
+def test_both_splits_hold_something(tmp_path, fraction):
+    folder = prepare((write_text(tmp_path / "a.txt", 3),), tmp_path / "out", **OPTIONS, heldout_fraction=fraction)
+    assert all(split["documents"] for split in read_manifest(folder)["splits"].values())
+
+
+@pytest.mark.skipif(not CORPUS.exists(), reason="the shared corpus is not on this machine")
+def test_a_small_corpus_holds_out_enough_to_measure(tmp_path):
+    manifest = read_manifest(prepare((str(CORPUS),), tmp_path / "out", vocab_size=8192))
+    assert 20_000 < manifest["splits"]["heldout"]["tokens"] < 0.08 * manifest["splits"]["train"]["tokens"]
+    assert 6 < manifest["unigram_entropy_nats"] < 8
+
+
+def test_the_cache_is_used_again_only_for_the_same_complete_text(tmp_path):
+    data = write_text(tmp_path / "a.txt")
+    first = prepare((data,), None, **OPTIONS)
+    written = (first / "train.ids").stat().st_mtime_ns
+    assert prepare((data,), None, **OPTIONS) == first and (first / "train.ids").stat().st_mtime_ns == written
+    assert prepare((data,), None, **OPTIONS | {"seed": 1}) != first
+    (first / "train.ids").write_bytes(b"cut")
+    assert prepare((data,), None, **OPTIONS) == first  # made again
+    verify(first)
+    write_text(tmp_path / "a.txt", seed=1)
+    assert prepare((data,), None, **OPTIONS) != first
+    assert prepare((str(first),), None) == first  # a prepared folder is taken as it is
+
+
+def test_a_given_tokenizer_is_used(tmp_path):
+    data = write_text(tmp_path / "a.txt")
+    first = prepare((data,), tmp_path / "one", **OPTIONS | {"tokenizer": "bpe"})
+    second = prepare((data,), tmp_path / "two", tokenizer=str(first / "tokenizer.json"), vocab_size=32768)
+    assert contents(first) == contents(second)
+
+
+def test_an_occupied_folder_is_left_alone(tmp_path):
+    data = write_text(tmp_path / "a.txt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.doc").write_text("years of work")
+    with pytest.raises(UserError, match="out: not empty"):
+        prepare((data,), tmp_path / "out", **OPTIONS)
+    prepared = prepare((data,), tmp_path / "other", **OPTIONS)
+    with pytest.raises(UserError, match="other: not empty"):
+        prepare((data,), prepared, **OPTIONS | {"seed": 1})
+    assert (tmp_path / "out" / "thesis.doc").exists()
+    verify(prepared)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 1000}, "vocab_size=1000"),
+        ({"heldout_fraction": 1.5}, "heldout_fraction=1.5"),
+        ({"seed": -1}, "seed=-1"),
+        ({"tokenizer": "sentencepiece"}, "sentencepiece"),
+    ],
+)
+def test_impossible_options(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        prepare((write_text(tmp_path / "a.txt"),), tmp_path / "out", **OPTIONS | options)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "no text"), ("\n \n\n", "no text"), ("one document", "a single")])
+def test_too_little_text(tmp_path, text, message):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        prepare((str(tmp_path / "a.txt"),), tmp_path / "out", **OPTIONS)
+
+
+def test_a_full_disk_keeps_nothing_and_says_so(tmp_path, monkeypatch):
+    def full(self, ids, lengths, characters):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stage._SplitWriter, "append", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        prepare((write_text(tmp_path / "a.txt"),), tmp_path / "out", **OPTIONS)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "cramfast.prepare", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_preparation_leaves_nothing_half_valid(tmp_path, how):
+    data = tmp_path / "a.txt"
+    data.write_text(Path(write_text(tmp_path / "b.txt", 2000)).read_text() * 40)
+    process = start("--data", data, "--out", tmp_path / "out", "--vocab-size", 512)
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob(".out.*.partial")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(how)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == (130 if how == signal.SIGINT else -how), error
+    assert "Traceback" not in error and not (tmp_path / "out").exists()
+    prepare((str(tmp_path / "b.txt"),), tmp_path / "out", **OPTIONS)
+    assert not list(tmp_path.glob(".out.*"))  # also what the killed one could not remove
+
+
+def test_two_processes_preparing_the_same_text(tmp_path):
+    data = write_text(tmp_path / "a.txt", 2000)
+    both = [start("--data", data, "--vocab-size", 512) for _ in range(2)]
+    for process in both:
+        output, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+        assert "unigram entropy" in output
+    (folder,) = (tmp_path / "cache" / "cramfast" / "prepared").iterdir()
+    verify(folder)
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Exit status and standard error of the command line, in this process."""
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
+    try:
+        command(stage.main)
+    except SystemExit as end:
+        return end.code, capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+
+def test_command_line_errors_are_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "a.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "photo.txt").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
+    for source, message in (("bad.jsonl", "bad.jsonl:2: not JSON"), ("binary", "no text in this folder"),
+                            ("photo.txt", "photo.txt:1: byte 1"), ("none.txt", "no such file")):  # fmt: skip
+        status, error = run(monkeypatch, capsys, "--data", tmp_path / source, "--out", tmp_path / "out")
+        assert status == 2 and message in error and len(error.splitlines()) == 1
+    status, error = run(monkeypatch, capsys, "--vocabsize", 5)
+    assert status == 2 and "--vocab-size" in error and "python -m cramfast.prepare" in error
+
+
+def test_verify_from_the_command_line(tmp_path, monkeypatch, capsys):
+    folder = prepare((write_text(tmp_path / "a.txt"),), tmp_path / "out", **OPTIONS)
+    assert json.loads((folder / "manifest.json").read_text())["sources"] == ["a.txt"]
+    assert run(monkeypatch, capsys, "--verify", folder)[0] == 0
+    with (folder / "train.ids").open("r+b") as file:
+        file.write(b"\xff\xff")
+    status, error = run(monkeypatch, capsys, "--verify", folder)
+    assert status == 2 and "train.ids: contents changed" in error
