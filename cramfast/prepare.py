@@ -4,6 +4,7 @@ Two passes over the text: one draws a sample and trains the tokenizer on it, one
 under its name only when it is complete.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import hashlib
@@ -305,18 +306,26 @@ def _encode(
 ) -> list[str]:
     """Second pass: ids of every document to its split. Returns sentences of held-out documents."""
     demo: list[str] = []
-    done = 0
     words = WordCache(tokenizer)
-    for texts in _batches(read_documents(options.data, options.documents, options.text_key)):
+
+    def store(texts: list[str]) -> None:
         sides = [_fraction(text, options.seed, b"heldout") < survey.heldout_below for text in texts]
         for name, held in (("train", False), ("heldout", True)):
             chosen = [text for text, side in zip(texts, sides, strict=True) if side == held]
             if chosen:
                 writers[name].append(*words.encode(chosen), sum(map(len, chosen)))
             if held and len(demo) < DEMO_LINES:
-                demo += [line for text in chosen for line in _sentences(text)]
-        done += len(texts)
-        report("writing ids", done, survey.documents)
+                demo.extend(line for text in chosen for line in _sentences(text))
+
+    done = 0
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:  # one batch is encoded while the next is read
+        stored = beside.submit(store, [])
+        for texts in _batches(read_documents(options.data, options.documents, options.text_key)):
+            stored.result()
+            report("writing ids", done, survey.documents)
+            stored, done = beside.submit(store, texts), done + len(texts)
+        stored.result()
+    report("writing ids", done, survey.documents)
     return demo[:DEMO_LINES]
 
 

@@ -31,6 +31,11 @@ class WordCache:
         self.tokenizer = tokenizer
         tokenizer.encode_special_tokens = True
         self.splits_at_words = _splits_at_words(tokenizer)
+        self.without_normalizer = None
+        if self.splits_at_words and tokenizer.normalizer is not None:
+            self.without_normalizer = Tokenizer.from_str(tokenizer.to_str())
+            self.without_normalizer.normalizer = None
+            self.without_normalizer.encode_special_tokens = True
         self._forget()
 
     def _forget(self) -> None:
@@ -81,13 +86,25 @@ class WordCache:
             return
         ends = self.word_ends[known : self.words + 1].tolist()
         raw = self.spelling[: ends[-1]].tobytes()
-        rows = self._ask([raw[a:b].decode() for a, b in itertools.pairwise(ends)])
+        rows = self._ask_lowered([raw[a:b].decode() for a, b in itertools.pairwise(ends)])
         sizes = np.array([len(row) for row in rows], np.int64)
         begin = self.id_ends[known]
         self.id_ends = _grown(self.id_ends, self.words + 1)
         self.id_ends[known + 1 : self.words + 1] = begin + np.cumsum(sizes)
         self.ids = _grown(self.ids, self.id_ends[self.words])
         self.ids[begin : self.id_ends[self.words]] = [i for row in rows for i in row]
+
+    def _ask_lowered(self, words: list[str]) -> list[list[int]]:
+        """Ids of each word; of several spellings that our WordPiece takes for one, one is asked for."""
+        if self.without_normalizer is None:
+            return self._ask(words)
+        # Lower case and no border spaces is all that the normalizer and the splitter make of printable ASCII.
+        keys = [word.lower().strip(" ") if word.isascii() and word.isprintable() else None for word in words]
+        distinct = [key for key in dict.fromkeys(keys) if key is not None]
+        encodings = self.without_normalizer.encode_batch_fast(distinct, add_special_tokens=False)
+        rows = {key: encoding.ids for key, encoding in zip(distinct, encodings, strict=True)}
+        others = iter(self._ask([word for word, key in zip(words, keys, strict=True) if key is None]))
+        return [next(others) if key is None else rows[key] for key in keys]
 
     def _ask(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
