@@ -37,6 +37,42 @@ DEVICE void store(T* to, const Pack<T, count>& pack) {
 #endif
 }
 
+// float32 parameters beside packs of a narrower type: 16 bytes at a time.
+template <int count>
+DEVICE Pack<float, count> load_floats(const float* from) {
+  constexpr int step = count < 4 ? count : 4;
+  Pack<float, count> all;
+#pragma unroll
+  for (int i = 0; i < count; i += step) {
+    const Pack<float, step> part = load<step>(from + i);
+#pragma unroll
+    for (int j = 0; j < step; ++j) all.value[i + j] = part.value[j];
+  }
+  return all;
+}
+
+template <int count>
+DEVICE void store_floats(float* to, const float (&from)[count]) {
+  constexpr int step = count < 4 ? count : 4;
+#pragma unroll
+  for (int i = 0; i < count; i += step) {
+    Pack<float, step> part;
+#pragma unroll
+    for (int j = 0; j < step; ++j) part.value[j] = from[i + j];
+    store<step>(to + i, part);
+  }
+}
+
+// f(null pointer of the stored type): instantiates a generic lambda for the type that a dtype names.
+template <class F>
+void with_stored_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32: return f(static_cast<float*>(nullptr));
+    case DType::bfloat16: return f(static_cast<bf16*>(nullptr));
+    case DType::float16: return f(static_cast<f16*>(nullptr));
+  }
+}
+
 template <class T>
 DEVICE T warp_sum(T value) {
 #pragma unroll

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,6 +106,4 @@ def load(architecture: int) -> ModuleType:
 
 
 def _python_include() -> str:
-    import sysconfig
-
     return sysconfig.get_paths()["include"]

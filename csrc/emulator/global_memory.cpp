@@ -96,8 +96,7 @@ void check_borders() {
     const auto untouched = [](unsigned char byte) { return byte == pattern; };
     if (!std::all_of(first, const_cast<const unsigned char*>(t.copy), untouched) ||
         !std::all_of(const_cast<const unsigned char*>(t.copy) + t.bytes, last, untouched)) {
-      throw std::runtime_error("emulator: out of bounds: bytes beside a tensor of " + std::to_string(t.bytes) +
-                               " were written");
+      fault("out of bounds: bytes beside a tensor of " + std::to_string(t.bytes) + " were written");
     }
   }
 }

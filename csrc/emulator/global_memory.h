@@ -17,12 +17,13 @@ void register_tensor(std::uintptr_t address, std::size_t bytes);
 std::uintptr_t guarded(std::uintptr_t address);
 
 // Lives as long as a call: at its end the tensors are copied back and forgotten.
-// check() throws std::runtime_error when bytes beside a tensor were written.
 struct GuardedCall {
   GuardedCall() = default;
   ~GuardedCall();
   GuardedCall(const GuardedCall&) = delete;
 };
+
+// Called after each launch: a fault when bytes beside a tensor were written.
 void check_borders();
 
 // While it lives, a touch of a forbidden page becomes a fault of the running thread instead of a crash.

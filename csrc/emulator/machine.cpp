@@ -311,6 +311,7 @@ void launch(const char* kernel, Index3 grid, Index3 block, std::size_t dynamic_b
     run_block();
     if (faulted) throw std::runtime_error(fault_text);
   }
+  check_borders();
 }
 
 void set_seed(std::uint32_t seed) { random_state = seed * 2654435761u + 1u; }
