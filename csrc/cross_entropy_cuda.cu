@@ -87,14 +87,15 @@ __global__ void __launch_bounds__(threads, pieces <= 8 ? 2 : 1) cross_entropy_ke
 #pragma unroll
     for (int i = 0; i < vec; ++i) sum += expf(widen(pack.value[i]) - largest);
   });
-  const float lse = largest + logf(block_sum(sum, sum_of_warp));
-  if (threadIdx.x == 0) args.loss[index] = lse - at_target;
+  // largest + log(sum) would round away digits that all probabilities of the row share: keep the two apart.
+  sum = block_sum(sum, sum_of_warp);
+  if (threadIdx.x == 0) args.loss[index] = logf(sum) + (largest - at_target);
   if (!args.write_gradient) return;
-  const float scale = args.scale[0];
+  const float scale = args.scale[0], inverse_sum = 1.0f / sum;
   row.each([&](Pack<T, vec>& pack, int v) {
 #pragma unroll
     for (int i = 0; i < vec; ++i) {
-      const float probability = expf(widen(pack.value[i]) - lse);
+      const float probability = expf(widen(pack.value[i]) - largest) * inverse_sum;
       pack.value[i] = narrow<T>((v + i == target ? probability - 1.0f : probability) * scale);
     }
     store<vec>(row.z + v, pack);
