@@ -13,7 +13,7 @@ namespace {
 
 constexpr int threads = 256, vec = 4, groups = 4;
 constexpr std::int64_t chunk = threads * vec * groups;
-constexpr int blocks_each = 8;  // on a multiprocessor; every block of the update reads 8 bytes for each block, from L2
+constexpr int blocks_each = 4;  // on a multiprocessor, all there at once; each adds up a partial sum of each, from L2
 constexpr int snapshot = 2;     // doubles behind the partial sums: lr, step, inverse_scale as floats
 
 template <class T>
@@ -28,8 +28,8 @@ DEVICE T block_sum(T value, Shared<T> scratch) {
 
 // A float holds the squares of 16 values at a time, double all the rest: consumer cards have few double units.
 // |g| beyond 1.8e19 counts as not finite.
-__global__ void __launch_bounds__(threads) adamw_norm_kernel(const float* grad, std::int64_t size, double* partial,
-                                                              const float* scalars) {
+__global__ void __launch_bounds__(threads, blocks_each)
+    adamw_norm_kernel(const float* grad, std::int64_t size, double* partial, const float* scalars) {
   SHARED(double, sum_of_warp, threads / 32);
   double total = 0.0;
   for (std::int64_t begin = blockIdx.x * chunk; begin < size; begin += gridDim.x * chunk) {
@@ -139,7 +139,7 @@ DEVICE void update(const AdamW& args, const Constants& c, const Step& step, std:
 }
 
 template <class H>
-__global__ void __launch_bounds__(threads) adamw_kernel(AdamW args, Constants constants) {
+__global__ void __launch_bounds__(threads, blocks_each) adamw_kernel(AdamW args, Constants constants) {
   SHARED(double, sum_of_warp, threads / 32);
   const Step step = read_step(args, constants, sum_of_warp);
   if (!step.finite) return;

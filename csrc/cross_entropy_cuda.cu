@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(threads, pieces <= 8 ? 2 : 1) cross_entropy_ke
   largest = block_max(largest, largest_of_warp);
   float sum = 0.0f;
   row.each([&](Pack<T, vec>& pack, int) {
+    compute_again(pack);
 #pragma unroll
     for (int i = 0; i < vec; ++i) sum += expf(widen(pack.value[i]) - largest);
   });
@@ -93,6 +94,7 @@ __global__ void __launch_bounds__(threads, pieces <= 8 ? 2 : 1) cross_entropy_ke
   if (!args.write_gradient) return;
   const float scale = args.scale[0], inverse_sum = 1.0f / sum;
   row.each([&](Pack<T, vec>& pack, int v) {
+    compute_again(pack);
 #pragma unroll
     for (int i = 0; i < vec; ++i) {
       const float probability = expf(widen(pack.value[i]) - largest) * inverse_sum;

@@ -139,6 +139,8 @@ DEVICE void backward_row(const LayerNormBackward& args, const Team<row_warps>& t
   for (int p = 0; p < pieces; ++p) {
     const int d = (p * team.threads + team.rank) * vec;
     if (d >= D) continue;
+    compute_again(in[p]);
+    compute_again(up[p]);
     const Pack<float, vec> weight = load_floats<vec>(args.weight + d);
     Pack<T, vec> add{}, out;
     if (dstream) add = load<vec>(dstream + d);
@@ -190,8 +192,7 @@ DEVICE void write_partial(const Team<row_warps>& team, float (&sums)[pieces][vec
 }
 
 template <class T, int vec, int pieces, int row_warps>
-__global__ void __launch_bounds__(32 * backward_warps,
-                                  row_warps == 1 && pieces * vec * sizeof(T) <= 96 ? 2 : 1)
+__global__ void __launch_bounds__(32 * backward_warps, row_warps == 1 && pieces * vec <= 24 ? 2 : 1)
     layernorm_bwd_kernel(LayerNormBackward args) {
   SHARED(float, scratch, row_warps);
   const Team<row_warps> team;

@@ -141,6 +141,24 @@ DEVICE float exp2_approx(float x) {
 #endif
 }
 
+// Hides from the compiler that these registers hold what they held before, so that it computes again what it would
+// otherwise keep: for a row of packed halves, twice to four times the registers.
+template <class P>
+DEVICE void compute_again(P& pack) {
+#ifdef CRAMFAST_EMULATED
+  (void)pack;
+#else
+  constexpr int count = sizeof(P) / 4;
+  if constexpr (count > 0) {
+    std::uint32_t words[count];
+    memcpy(words, &pack, sizeof words);
+#pragma unroll
+    for (int i = 0; i < count; ++i) asm volatile("" : "+r"(words[i]));
+    memcpy(&pack, words, sizeof words);
+  }
+#endif
+}
+
 // ---- tensor cores: fragment layouts in emulator/tensor_core.h
 
 // matrices (1, 2 or 4) of 8 x 8 16-bit values; lanes 8m..8m+7 give the addresses of the rows of matrix m, each aligned
