@@ -197,8 +197,9 @@ def table(kernels: list[Kernel]) -> str:
     lines = [
         "# Compiled kernels",
         "",
-        f"Written by `python -m bench.sass --write` with nvcc {version[1] if version else '?'}. From the compiler alone:",
-        "nothing here has run on a GPU. Shared memory is the static part; occupancy counts it, threads and registers.",
+        f"Written by `python -m bench.sass --write` with nvcc {version[1] if version else '?'}. From the compiler",
+        "alone: no time is measured here. Shared memory is the static part, which occupancy counts with threads and",
+        "registers.",
         "",
         "| kernel | sm | threads | registers | shared B | spilled B | blocks/SM | occupancy | LDG.128 | HMMA |",
         "|---|---|---|---|---|---|---|---|---|---|",

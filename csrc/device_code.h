@@ -1,4 +1,4 @@
-// What every *_cuda.cu includes: the instructions (ptx.h), accesses of 16 bytes, sums over warps and blocks, the launch.
+// What every *_cuda.cu includes: the instructions (ptx.h), accesses of 16 bytes, sums over a warp, the launch.
 // The same file compiles with nvcc and, with CRAMFAST_EMULATED set, with a host compiler for emulator/.
 #pragma once
 

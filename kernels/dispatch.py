@@ -88,4 +88,4 @@ def uses_reference(op: str, tensor: torch.Tensor) -> bool:
 
 def table(device_type: str) -> list[Choice]:
     """The choice for every operator and storage dtype on a device."""
-    return [choose(op, device_type, dtype) for op in OPERATORS for dtype in (torch.float32, torch.bfloat16)]
+    return [choose(op, device_type, dtype) for op in OPERATORS for dtype in extension.storage_dtypes(device_type)]

@@ -105,7 +105,9 @@ T __shfl_xor_sync(unsigned mask, T value, int other, int width = 32, CramfastSit
   using namespace cramfast::emulator;
   return shuffle(
       mask, value, other, width,
-      [](Exchange& e) { move_values<T>(e, [](int lane, int x, int w) { return (lane ^ x) <= (lane | (w - 1)) ? lane ^ x : lane; }); },
+      [](Exchange& e) {
+        move_values<T>(e, [](int lane, int x, int w) { return (lane ^ x) <= (lane | (w - 1)) ? lane ^ x : lane; });
+      },
       site);
 }
 

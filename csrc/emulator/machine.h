@@ -74,8 +74,8 @@ Warp& warp_of(const Thread& thread);
 void yield_to_scheduler();
 void barrier(Site site = Site::here());
 
-// Hands `in` over, waits until all lanes of the mask have, and returns this lane's row of what `operation` made of them.
-// Other lanes wait in the same exchange; the last one computes for all.
+// Hands `in` over, waits until all lanes of the mask have, and gives back this lane's row of what `operation` made of
+// them. The last lane to come computes for all.
 using Operation = void (*)(Exchange&);
 void exchange(std::uint32_t mask, Operation operation, const std::uint32_t* in, int words_in, std::uint32_t* out,
               int words_out, Site site);

@@ -10,7 +10,8 @@ namespace {
 constexpr std::uint32_t arena_bytes = 256 << 10, granule_bytes = 2;
 constexpr std::uint32_t static_limit = 48 << 10;
 // Opt-in limit of a block (CUDA programming guide, technical specifications): 64 KiB on 7.5, 99 KiB on 8.6.
-constexpr std::uint32_t block_limit = CRAMFAST_EMULATED >= 900 ? 227 << 10 : CRAMFAST_EMULATED >= 800 ? 99 << 10 : 64 << 10;
+constexpr std::uint32_t block_limit =
+    CRAMFAST_EMULATED >= 900 ? 227 << 10 : CRAMFAST_EMULATED >= 800 ? 99 << 10 : 64 << 10;
 
 // The last write and the reads since the last barrier. Clocks never go back, so nothing is cleared between blocks.
 struct Record {
@@ -46,7 +47,9 @@ std::string place(Region region, std::int64_t offset) {
 void check_bounds(Region region, std::int64_t offset, std::uint32_t bytes, std::uint32_t alignment) {
   if (!running) fault("shared memory touched outside a kernel");
   if (offset < region.begin || offset + bytes > region.end) fault("out of bounds: " + place(region, offset));
-  if (offset % alignment) fault("misaligned access of " + std::to_string(alignment) + " bytes: " + place(region, offset));
+  if (offset % alignment) {
+    fault("misaligned access of " + std::to_string(alignment) + " bytes: " + place(region, offset));
+  }
 }
 
 std::string thread_name(int number) { return "thread " + std::to_string(number); }
@@ -119,7 +122,9 @@ void note_write(Region region, std::int64_t offset, std::uint32_t bytes) {
 void begin_shared_memory(std::uint32_t dynamic_bytes) {
   arena.fill(0xff);  // NaN in every floating type
   declarations.clear();
-  if (dynamic_bytes > block_limit) fault(std::to_string(dynamic_bytes) + " bytes of shared memory, more than the limit");
+  if (dynamic_bytes > block_limit) {
+    fault(std::to_string(dynamic_bytes) + " bytes of shared memory, more than the limit");
+  }
   static const char dynamic_id = 0;
   declarations.push_back({&dynamic_id, "(dynamic)", {0, dynamic_bytes}});
   used = (dynamic_bytes + 15) / 16 * 16;
@@ -132,7 +137,9 @@ Region static_region(const void* declaration, const char* name, std::uint32_t by
   const Region region{used, used + bytes};
   used = (used + bytes + 15) / 16 * 16;
   const std::uint32_t dynamic_bytes = declarations.front().region.end;
-  if (used - dynamic_bytes > static_limit + 16 || used > block_limit) fault(std::string("too much shared memory: ") + name);
+  if (used - dynamic_bytes > static_limit + 16 || used > block_limit) {
+    fault(std::string("too much shared memory: ") + name);
+  }
   declarations.push_back({declaration, name, region});
   return region;
 }

@@ -102,7 +102,8 @@ float half_to_float(std::uint16_t bits) {
   } else if (exponent == 0) {
     value = std::ldexp(static_cast<float>(fraction), -24);
   } else {
-    const std::uint32_t wide = static_cast<std::uint32_t>(exponent + 112) << 23 | static_cast<std::uint32_t>(fraction) << 13;
+    const std::uint32_t wide =
+        static_cast<std::uint32_t>(exponent + 112) << 23 | static_cast<std::uint32_t>(fraction) << 13;
     std::memcpy(&value, &wide, sizeof value);
   }
   return bits >> 15 ? -value : value;
@@ -115,7 +116,7 @@ std::uint16_t float_to_half(float value) {
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return sign | 0x7fffu;
   if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more round to infinity
-  if (magnitude < 0x38800000u) {                        // below 2^-14: a multiple of 2^-24; nearbyint rounds ties to even
+  if (magnitude < 0x38800000u) {  // below 2^-14: a multiple of 2^-24; nearbyint rounds ties to even
     return sign | static_cast<std::uint16_t>(std::nearbyint(std::ldexp(std::fabs(value), 24)));
   }
   const std::uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);

@@ -1,5 +1,5 @@
-// Small kernels that pin down what the emulator (and, built with nvcc, a GPU) does: fragment layouts, shuffles, cp.async
-// and each fault that must be seen. `fault` plants an error where it is not 0. One warp or a few; a, b, out are floats.
+// Small kernels that pin down what the emulator (and, built with nvcc, a GPU) does: fragment layouts, shuffles,
+// cp.async and each fault that must be seen. `fault` plants an error where it is not 0. One warp or a few; a, b, out are floats.
 #include <cstring>
 
 #include "device_code.h"
