@@ -123,7 +123,8 @@ void bind_adamw(py::module_& m) {
          Size segments, double beta1, double beta2, double eps, double max_norm, int half_dtype) {
         adamw(device, {at<float>(master), at<float>(grad), at<float>(exp_avg), at<float>(exp_avg_sq), at<void>(half),
                        at<std::int64_t>(segment_end), at<float>(segment_decay), at<float>(scalars),
-                       at<double>(partial), size, half_size, segments, beta1, beta2, eps, max_norm, dtype_of(half_dtype)});
+                       at<double>(partial), size, half_size, segments, beta1, beta2, eps, max_norm,
+                       dtype_of(half_dtype)});
       },
       py::call_guard<CallGuard>());
 }
@@ -183,8 +184,10 @@ PYBIND11_MODULE(_C, m) {
   bind_attention<Cpu>(m);
 #ifdef CRAMFAST_CUDA
   bind_cuda(m);
+  m.attr("cuda") = true;
 #else
   m.attr("cuda_operators") = py::make_tuple();
+  m.attr("cuda") = false;
 #endif
 }
 #endif

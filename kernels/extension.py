@@ -43,8 +43,8 @@ except (ImportError, OSError) as error:  # shown by doctor and at the start of e
 
 def storage_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
     """What the kernels of a device take; float16 is for GPUs, Turing above all, which has no bfloat16."""
-    on_gpu = device_type == "cuda" or bool(emulated)
-    return (torch.float32, torch.bfloat16, torch.float16) if on_gpu else (torch.float32, torch.bfloat16)
+    widths = (torch.float32, torch.bfloat16)
+    return (*widths, torch.float16) if device_type == "cuda" else widths
 
 
 # Operator -> emulated module that takes its calls on CPU tensors; filled by dispatch.override alone.
@@ -67,11 +67,14 @@ def call(name: str, on: torch.Tensor, *arguments):
         return getattr(module, name)(device, *map(_plain, arguments))
 
 
+_NUMBERS = frozenset((int, float, bool))
+
+
 def _plain(argument):
-    # The caller's frame keeps every tensor alive until the call returns.
-    if isinstance(argument, torch.Tensor):
-        return argument.data_ptr()
-    return 0 if argument is None else argument
+    # The caller's frame keeps every tensor alive until the call returns. No isinstance: torch's costs 0.3 us each.
+    if type(argument) in _NUMBERS:
+        return argument
+    return 0 if argument is None else argument.data_ptr()
 
 
 def _call_emulated(target, name: str, arguments):
@@ -95,6 +98,6 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.
 
 def check_activations(name: str, tensor: torch.Tensor) -> None:
     """Raise ValueError unless the tensor is stored in a supported dtype, contiguous and aligned."""
-    if tensor.dtype not in storage_dtypes(tensor.device.type):
+    if tensor.dtype not in storage_dtypes("cuda" if emulated else tensor.device.type):
         raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; use float32 or bfloat16")
     check(name, tensor, tuple(tensor.shape), tensor.dtype)

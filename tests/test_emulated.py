@@ -77,6 +77,25 @@ def test_any_order_of_blocks_and_warps_gives_the_same_bits(module, case):
             assert torch.equal(value, other[name]), name
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.op not in ("attention", "adamw")], ids=lambda c: c.op)
+def test_fresh_memory_filled_with_nan(module, case, monkeypatch):
+    """Every element of every output is written, whatever torch.empty hands out."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    for shape in case.test_shapes:
+        inputs = case.make(**shape, dtype=torch.float16, seed=5)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+            patch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+            patch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+            results = _evaluate(cramfast.kernels, case, inputs)
+        for name, value in results.items():
+            assert torch.isfinite(value).all(), f"{name} has elements that no kernel wrote"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", (8, 1000, 1001, 2056, 4104, 8200, 16392, 32776, 65544))
 def test_logits_of_any_width(module, V, dtype):
