@@ -21,14 +21,18 @@ struct AdamW {
   const float* grad;                // (size,)
   float* exp_avg;                   // (size,)
   float* exp_avg_sq;                // (size,)
-  bf16* half;                       // (half_size,), or null
+  void* half;                       // (half_size,), or null
   const std::int64_t* segment_end;  // (segments,), ascending, the last one is size
   const float* segment_decay;       // (segments,), weight decay
   float* scalars;                   // (5,): lr, step, inverse_scale; out: step, grad norm, 1 if not finite
-  double* partial;                  // (ceil(size / adamw_chunk),) scratch
+  double* partial;                  // (adamw_partials(...),) scratch
   std::int64_t size, half_size, segments;
   double beta1, beta2, eps, max_norm;  // double: 1 - beta would lose half its digits in float32
+  DType half_dtype;                    // bfloat16; float16 too on a GPU
 };
+
+inline std::int64_t adamw_partials(Cpu, std::int64_t size) { return (size + adamw_chunk - 1) / adamw_chunk; }
+std::int64_t adamw_partials(Cuda device, std::int64_t size);
 
 void adamw(Cpu device, const AdamW& args);
 void adamw(Cuda device, const AdamW& args);

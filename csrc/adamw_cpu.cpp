@@ -77,7 +77,7 @@ void adamw(Cpu device, const AdamW& args) {
     }
     if (args.half && begin < args.half_size) {
       const std::int64_t n = std::min(end, args.half_size) - begin;
-      store_row(args.master + begin, args.half + begin, n);
+      store_row(args.master + begin, static_cast<bf16*>(args.half) + begin, n);
     }
   });
 }

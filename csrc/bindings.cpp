@@ -1,5 +1,6 @@
 // Module cramfast._C. Python hands over addresses and sizes (kernels/extension.py has checked them) and the device tag;
 // nothing here knows a tensor. The interpreter lock is released while an operator runs.
+// With CRAMFAST_EMULATED the module is _emulated: the CUDA operators of one architecture on csrc/emulator.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -10,6 +11,10 @@
 #include "cross_entropy.h"
 #include "glu.h"
 #include "layernorm.h"
+#ifdef CRAMFAST_EMULATED
+#include "emulator/global_memory.h"
+#include "emulator/machine.h"
+#endif
 
 namespace py = pybind11;
 using namespace cramfast;
@@ -19,8 +24,17 @@ namespace {
 using Address = std::uintptr_t;  // 0 stands for a missing optional tensor
 using Size = std::int64_t;
 
+#ifdef CRAMFAST_EMULATED
+using CallGuard = emulator::GuardedCall;  // keeps the lock: the emulator is one machine
+#else
+using CallGuard = py::gil_scoped_release;
+#endif
+
 template <class T>
 T* at(Address address) {
+#ifdef CRAMFAST_EMULATED
+  address = emulator::guarded(address);
+#endif
   return reinterpret_cast<T*>(address);
 }
 
@@ -35,7 +49,7 @@ void bind_layernorm(py::module_& m) {
         layernorm_fwd(device, {at<void>(x), at<void>(residual), at<float>(weight), at<float>(bias), at<void>(y),
                                at<void>(stream), at<float>(mean), at<float>(rstd), rows, width, eps, dtype_of(dtype)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<CallGuard>());
   m.def(
       "layernorm_bwd",
       [](Device device, Address dy, Address dstream, Address stream, Address mean, Address rstd, Address weight,
@@ -45,7 +59,7 @@ void bind_layernorm(py::module_& m) {
                        at<float>(weight), at<void>(dx), at<float>(partial), at<float>(dweight), at<float>(dbias), rows,
                        width, dtype_of(dtype)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<CallGuard>());
 }
 
 template <class Device>
@@ -56,14 +70,14 @@ void bind_glu(py::module_& m) {
         glu_fwd(device, {at<void>(x), at<void>(h), rows, features, static_cast<Activation>(activation),
                          dtype_of(dtype)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<CallGuard>());
   m.def(
       "glu_bwd",
       [](Device device, Address dh, Address x, Address dx, Size rows, Size features, int activation, int dtype) {
         glu_bwd(device, {at<void>(dh), at<void>(x), at<void>(dx), rows, features, static_cast<Activation>(activation),
                          dtype_of(dtype)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<CallGuard>());
 }
 
 template <class Device>
@@ -76,7 +90,7 @@ void bind_attention(py::module_& m) {
                                at<void>(out), at<float>(lse), tokens, sequences, heads, head_width, window,
                                dtype_of(dtype)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<CallGuard>());
   m.def(
       "attention_bwd",
       [](Device device, Address dout, Address qkv, Address out, Address lse, Address cu_seqlens, Address cos,
@@ -85,7 +99,7 @@ void bind_attention(py::module_& m) {
                                at<std::int32_t>(cu_seqlens), at<float>(cos), at<float>(sin), at<void>(dqkv), tokens,
                                sequences, heads, head_width, window, dtype_of(dtype)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<CallGuard>());
 }
 
 template <class Device>
@@ -97,7 +111,7 @@ void bind_cross_entropy(py::module_& m) {
         cross_entropy(device, {at<void>(logits), at<std::int64_t>(target), at<float>(loss), at<float>(scale), rows,
                                vocabulary, write_gradient, dtype_of(dtype)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<CallGuard>());
 }
 
 template <class Device>
@@ -106,37 +120,74 @@ void bind_adamw(py::module_& m) {
       "adamw",
       [](Device device, Address master, Address grad, Address exp_avg, Address exp_avg_sq, Address half,
          Address segment_end, Address segment_decay, Address scalars, Address partial, Size size, Size half_size,
-         Size segments, double beta1, double beta2, double eps, double max_norm) {
-        adamw(device, {at<float>(master), at<float>(grad), at<float>(exp_avg), at<float>(exp_avg_sq), at<bf16>(half),
+         Size segments, double beta1, double beta2, double eps, double max_norm, int half_dtype) {
+        adamw(device, {at<float>(master), at<float>(grad), at<float>(exp_avg), at<float>(exp_avg_sq), at<void>(half),
                        at<std::int64_t>(segment_end), at<float>(segment_decay), at<float>(scalars),
-                       at<double>(partial), size, half_size, segments, beta1, beta2, eps, max_norm});
+                       at<double>(partial), size, half_size, segments, beta1, beta2, eps, max_norm,
+                       dtype_of(half_dtype)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<CallGuard>());
+}
+
+// Rows or elements of scratch that Python allocates for a call.
+template <class Device>
+void bind_workspaces(py::module_& m) {
+  m.def("layernorm_partials", [](Device device, Size rows) { return layernorm_partials(device, rows); });
+  m.def("adamw_partials", [](Device device, Size size) { return adamw_partials(device, size); });
 }
 
 template <class Device>
 void bind_operators(py::module_& m) {
   bind_layernorm<Device>(m);
   bind_glu<Device>(m);
-  bind_attention<Device>(m);
   bind_cross_entropy<Device>(m);
   bind_adamw<Device>(m);
+  bind_workspaces<Device>(m);
 }
+
+void bind_cuda(py::module_& m) {
+  // module_local: the emulated modules stand beside _C in one process.
+  py::class_<Cuda>(m, "Cuda", py::module_local())
+      .def(py::init([](Address stream) { return Cuda{reinterpret_cast<void*>(stream)}; }), py::arg("stream"));
+  bind_operators<Cuda>(m);
+  m.attr("cuda_operators") = py::make_tuple("layernorm", "glu", "layernorm_glu", "cross_entropy", "adamw");
+}
+
+#ifdef CRAMFAST_EMULATED
+void bind_emulator(py::module_& m) {
+  m.def("register_tensor", &emulator::register_tensor);
+  m.def("set_seed", &emulator::set_seed);
+  m.def("ignore_site", &emulator::ignore_site);
+  m.def("sites", [] {
+    py::list all;
+    for (const std::string& site : emulator::sites()) all.append(site);
+    return all;
+  });
+  m.attr("architecture") = CRAMFAST_EMULATED;
+}
+#endif
 
 }  // namespace
 
+#ifdef CRAMFAST_EMULATED
+PYBIND11_MODULE(_emulated, m) {
+  bind_cuda(m);
+  bind_emulator(m);
+  m.attr("layernorm_max_width") = layernorm_max_width;
+}
+#else
 PYBIND11_MODULE(_C, m) {
   py::class_<Cpu>(m, "Cpu").def(py::init<int>(), py::arg("threads"));
-  py::class_<Cuda>(m, "Cuda").def(py::init([](Address stream) { return Cuda{at<void>(stream)}; }), py::arg("stream"));
   m.def("cpu_isa", &cpu_isa);
-  m.attr("layernorm_block_rows") = layernorm_block_rows;
   m.attr("layernorm_max_width") = layernorm_max_width;
-  m.attr("adamw_chunk") = adamw_chunk;
   bind_operators<Cpu>(m);
+  bind_attention<Cpu>(m);
 #ifdef CRAMFAST_CUDA
-  bind_operators<Cuda>(m);
+  bind_cuda(m);
   m.attr("cuda") = true;
 #else
+  m.attr("cuda_operators") = py::make_tuple();
   m.attr("cuda") = false;
 #endif
 }
+#endif

@@ -19,5 +19,8 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 struct bf16 {
   std::uint16_t bits;
 };
+struct f16 {
+  std::uint16_t bits;
+};
 
 }  // namespace cramfast

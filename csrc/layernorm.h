@@ -40,12 +40,18 @@ struct LayerNormBackward {
   const float* rstd;     // (rows,)
   const float* weight;   // (width,)
   void* dx;              // (rows, width); the gradient of the residual too
-  float* partial;        // (ceil(rows / layernorm_block_rows), 2, width) scratch
+  float* partial;        // (layernorm_partials(...), 2, width) scratch
   float* dweight;        // (width,)
   float* dbias;          // (width,)
   std::int64_t rows, width;
   DType dtype;
 };
+
+// Rows of `partial`. On a GPU as many as there are blocks that walk over the rows: two for each multiprocessor.
+inline std::int64_t layernorm_partials(Cpu, std::int64_t rows) {
+  return (rows + layernorm_block_rows - 1) / layernorm_block_rows;
+}
+std::int64_t layernorm_partials(Cuda device, std::int64_t rows);
 
 void layernorm_fwd(Cpu device, const LayerNormForward& args);
 void layernorm_fwd(Cuda device, const LayerNormForward& args);

@@ -3,7 +3,7 @@
 import torch
 
 from cramfast.kernels import dispatch, extension, reference
-from cramfast.kernels.extension import address, check, device_of
+from cramfast.kernels.extension import DTYPE_CODES, check, check_activations
 from cramfast.kernels.registry import register
 
 
@@ -12,7 +12,9 @@ def _adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, 
     for name, buffer in (("master", master), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         check(name, buffer, (size,), torch.float32)
     if half is not None:
-        check("half", half, (half.numel(),), torch.bfloat16)
+        if half.dtype == torch.float32:
+            raise ValueError("half: float32; use bfloat16, or float16 on a GPU")
+        check_activations("half", half)
         if half.numel() > size:
             raise ValueError(f"half: {half.numel()} elements for a master of {size}")
     segments = segment_end.numel()
@@ -21,18 +23,20 @@ def _adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, 
     check("scalars", scalars, (5,), torch.float32)
     if segment_end.device.type == "cpu" and (segments == 0 or int(segment_end[-1]) != size):
         raise ValueError(f"segment_end: must end at {size}")
-    partial = torch.empty(-(-size // extension.module.adamw_chunk), dtype=torch.float64, device=master.device)
-    extension.module.adamw(
-        device_of(master),
-        address(master),
-        address(grad),
-        address(exp_avg),
-        address(exp_avg_sq),
-        address(half),
-        address(segment_end),
-        address(segment_decay),
-        address(scalars),
-        address(partial),
+    partials = extension.call("adamw_partials", master, size)
+    partial = torch.empty(partials, dtype=torch.float64, device=master.device)
+    extension.call(
+        "adamw",
+        master,
+        master,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        half,
+        segment_end,
+        segment_decay,
+        scalars,
+        partial,
         size,
         0 if half is None else half.numel(),
         segments,
@@ -40,6 +44,7 @@ def _adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, 
         beta2,
         eps,
         max_norm,
+        DTYPE_CODES[torch.bfloat16 if half is None else half.dtype],
     )
 
 
@@ -63,7 +68,7 @@ def adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, s
         master: (P,) float32 weights.
         grad: (P,) float32, the sum over microbatches of the scaled gradients; read only.
         exp_avg, exp_avg_sq: (P,) float32 moments.
-        half: (Q,) bfloat16 copy of the first Q weights, or None.
+        half: (Q,) bfloat16 copy (on a GPU also float16) of the first Q weights, or None.
         segment_end: (K,) int64, ascending ends of the segments; the last one is P.
         segment_decay: (K,) float32, weight decay of each segment.
         scalars: (5,) float32: learning rate, steps done, inverse scale of the gradient; out: gradient norm after

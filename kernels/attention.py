@@ -3,7 +3,7 @@
 import torch
 
 from cramfast.kernels import dispatch, extension, reference
-from cramfast.kernels.extension import DTYPE_CODES, address, check, check_activations, device_of
+from cramfast.kernels.extension import DTYPE_CODES, check, check_activations
 from cramfast.kernels.registry import register
 
 HEAD_WIDTHS = (32, 64, 128)
@@ -33,14 +33,15 @@ def _forward(qkv, cu_seqlens, max_seqlen, cos, sin, window):
     _check_inputs(qkv, cu_seqlens, max_seqlen, cos, sin)
     N, _, H, K = qkv.shape
     out, lse = _forward_fake(qkv, cu_seqlens, max_seqlen, cos, sin, window)
-    extension.module.attention_fwd(
-        device_of(qkv),
-        address(qkv),
-        address(cu_seqlens),
-        address(cos),
-        address(sin),
-        address(out),
-        address(lse),
+    extension.call(
+        "attention_fwd",
+        qkv,
+        qkv,
+        cu_seqlens,
+        cos,
+        sin,
+        out,
+        lse,
         N,
         len(cu_seqlens) - 1,
         H,
@@ -61,16 +62,17 @@ def _backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, cos, sin, window):
     check_activations("qkv", qkv)
     check("dout", dout, (N, H, K), qkv.dtype)
     dqkv = torch.empty_like(qkv)
-    extension.module.attention_bwd(
-        device_of(qkv),
-        address(dout),
-        address(qkv),
-        address(out),
-        address(lse),
-        address(cu_seqlens),
-        address(cos),
-        address(sin),
-        address(dqkv),
+    extension.call(
+        "attention_bwd",
+        qkv,
+        dout,
+        qkv,
+        out,
+        lse,
+        cu_seqlens,
+        cos,
+        sin,
+        dqkv,
         N,
         len(cu_seqlens) - 1,
         H,

@@ -149,7 +149,7 @@ def _make_adamw(P, dtype, seed, half=True, segments=3, step=0.0, scale=1.0, max_
         "exp_avg_sq": _normal(P, dtype=torch.float32, generator=g, scale=0.1 if step else 0.0).square(),
         "half": torch.zeros(P // 2, dtype=torch.bfloat16) if half else None,
         "segment_end": ends,
-        "segment_decay": torch.tensor([0.1, 0.0, 0.01, 0.0][:segments]),
+        "segment_decay": torch.tensor([0.1, 0.0, 0.01, 0.0]).repeat(-(-segments // 4))[:segments],
         "scalars": torch.tensor([1e-2, step, scale, 0.0, 0.0]),
         "max_norm": max_norm,
     }

@@ -3,7 +3,7 @@
 import torch
 
 from cramfast.kernels import dispatch, extension, reference
-from cramfast.kernels.extension import DTYPE_CODES, address, check, check_activations, device_of
+from cramfast.kernels.extension import DTYPE_CODES, check, check_activations
 from cramfast.kernels.registry import register
 
 # Logits that exist at one time. More saves nothing measurable; less rounds the weight gradient more often.
@@ -26,12 +26,13 @@ def _forward(hidden_MD, weight_VD, target_M, want_gradient):
         chunk = slice(begin, min(M, begin + rows))
         logits_mV = hidden_MD[chunk] @ weight_VD.t()
         target_m = target_M[chunk]
-        extension.module.cross_entropy(
-            device_of(hidden_MD),
-            address(logits_mV),
-            address(target_m),
-            address(loss_M) + 4 * begin,
-            address(scale),
+        extension.call(
+            "cross_entropy",
+            hidden_MD,
+            logits_mV,
+            target_m,
+            loss_M[begin:],
+            scale,
             len(target_m),
             V,
             want_gradient,

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from cramfast.kernels import extension
+from cramfast.kernels import emulated, extension
 
 OPERATORS = ("layernorm", "glu", "layernorm_glu", "attention", "cross_entropy", "adamw")
-IMPLEMENTATIONS = ("cpp", "reference")
+IMPLEMENTATIONS = ("cpp", "reference", "emulated")
+# What an operator calls below autograd, where that is not the operator itself.
+_PARTS = {"layernorm_glu": ("layernorm", "glu")}
 _overrides: dict[str, str] = {}
 
 
@@ -23,11 +25,15 @@ class Choice:
     reason: str
 
 
-def override(op: str, implementation: str) -> None:
+def override(op: str, implementation: str, architecture: int = 860) -> None:
     """Force an implementation of one operator, or of "all"; "auto" takes the override back.
 
+    "emulated" runs the CUDA kernels of `architecture` (750 or 860) on the CPU, thousands of times slower, to test
+    them; nothing ever chooses it by itself.
+
     Raises:
-        ValueError: an unknown operator or implementation, or "cpp" where the module is missing.
+        ValueError: an unknown operator or implementation, "cpp" where the module is missing, "emulated" where it
+            cannot be built or has no such kernel.
     """
     if op not in (*OPERATORS, "all"):
         raise ValueError(f"kernels: unknown operator {op!r}; one of {', '.join(OPERATORS)}, all")
@@ -37,11 +43,23 @@ def override(op: str, implementation: str) -> None:
         )
     if implementation == "cpp" and extension.module is None:
         raise ValueError(f"kernels: {op}=cpp is not possible: {extension.missing_reason}")
+    if implementation == "emulated" and (reason := emulated.missing_reason()):
+        raise ValueError(f"kernels: {op}=emulated is not possible: {reason}")
+    target = emulated.load(architecture) if implementation == "emulated" else None
     for name in OPERATORS if op == "all" else (op,):
+        if target and name not in target.cuda_operators:
+            if op != "all":
+                raise ValueError(f"kernels: {op} has no CUDA kernel yet")
+            continue
         if implementation == "auto":
             _overrides.pop(name, None)
         else:
             _overrides[name] = implementation
+        for part in _PARTS.get(name, (name,)):
+            if target:
+                extension.emulated[part] = target
+            else:
+                extension.emulated.pop(part, None)
 
 
 def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
@@ -52,13 +70,13 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
 
     if op in _overrides:
         return choice(_overrides[op], "asked for")
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in extension.storage_dtypes(device_type):
         return choice("reference", f"no kernel for {dtype}")
     if extension.module is None:
         return choice("reference", extension.missing_reason)
     if device_type == "cpu":
         return choice("cpp", f"C++ for the CPU, {extension.cpu_isa}")
-    if device_type == "cuda" and extension.module.cuda:
+    if device_type == "cuda" and op in extension.module.cuda_operators:
         return choice("cpp", "CUDA")
     return choice("reference", f"no kernel was built for {device_type}")
 
@@ -70,4 +88,4 @@ def uses_reference(op: str, tensor: torch.Tensor) -> bool:
 
 def table(device_type: str) -> list[Choice]:
     """The choice for every operator and storage dtype on a device."""
-    return [choose(op, device_type, dtype) for op in OPERATORS for dtype in (torch.float32, torch.bfloat16)]
+    return [choose(op, device_type, dtype) for op in OPERATORS for dtype in extension.storage_dtypes(device_type)]

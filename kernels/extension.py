@@ -1,5 +1,6 @@
 """The compiled module and the one place that turns tensors into addresses for it."""
 
+import contextlib
 import ctypes
 import re
 from pathlib import Path
@@ -40,16 +41,47 @@ except (ImportError, OSError) as error:  # shown by doctor and at the start of e
     missing_reason = f"compiled module not loaded ({error}); build it with: pip install -e ."
 
 
-def device_of(tensor: torch.Tensor):
-    """The device tag of an operator call: threads as torch has them, or the current stream of the tensor's GPU."""
-    if tensor.device.type == "cpu":
-        return module.Cpu(torch.get_num_threads())
-    return module.Cuda(torch._C._cuda_getCurrentRawStream(tensor.device.index))
+def storage_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
+    """What the kernels of a device take; float16 is for GPUs, Turing above all, which has no bfloat16."""
+    widths = (torch.float32, torch.bfloat16)
+    return (*widths, torch.float16) if device_type == "cuda" else widths
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Address of the first element; 0 for None. The caller keeps the tensor alive until the call returns."""
-    return 0 if tensor is None else tensor.data_ptr()
+# Operator -> emulated module that takes its calls on CPU tensors; filled by dispatch.override alone.
+emulated: dict[str, object] = {}
+
+
+def call(name: str, on: torch.Tensor, *arguments):
+    """Call a compiled function where the tensor `on` lives and return its result.
+
+    Tensors among the arguments become addresses, None becomes 0, the rest passes as it is. The device tag in front
+    holds the threads as torch has them, or the current stream of the tensor's GPU.
+    """
+    if emulated and (target := emulated.get(name.rsplit("_", 1)[0]) or emulated.get(name)):
+        return _call_emulated(target, name, arguments)
+    if on.device.type == "cpu":
+        device = module.Cpu(torch.get_num_threads())
+        return getattr(module, name)(device, *map(_plain, arguments))
+    device = module.Cuda(torch._C._cuda_getCurrentRawStream(on.device.index))
+    with torch.cuda.device(on.device.index) if torch.cuda.device_count() > 1 else contextlib.nullcontext():
+        return getattr(module, name)(device, *map(_plain, arguments))
+
+
+_NUMBERS = frozenset((int, float, bool))
+
+
+def _plain(argument):
+    # The caller's frame keeps every tensor alive until the call returns. No isinstance: torch's costs 0.3 us each.
+    if type(argument) in _NUMBERS:
+        return argument
+    return 0 if argument is None else argument.data_ptr()
+
+
+def _call_emulated(target, name: str, arguments):
+    for tensor in arguments:
+        if isinstance(tensor, torch.Tensor):
+            target.register_tensor(tensor.data_ptr(), tensor.nbytes)
+    return getattr(target, name)(target.Cuda(0), *map(_plain, arguments))
 
 
 def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -66,6 +98,6 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.
 
 def check_activations(name: str, tensor: torch.Tensor) -> None:
     """Raise ValueError unless the tensor is stored in a supported dtype, contiguous and aligned."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16):
+    if tensor.dtype not in storage_dtypes("cuda" if emulated else tensor.device.type):
         raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; use float32 or bfloat16")
     check(name, tensor, tuple(tensor.shape), tensor.dtype)

@@ -3,7 +3,7 @@
 import torch
 
 from cramfast.kernels import dispatch, extension, reference
-from cramfast.kernels.extension import ACTIVATION_CODES, DTYPE_CODES, address, check, check_activations, device_of
+from cramfast.kernels.extension import ACTIVATION_CODES, DTYPE_CODES, check, check_activations
 from cramfast.kernels.registry import register
 
 
@@ -19,9 +19,7 @@ def _rows_and_features(x_N2F, activation):
 def _forward(x_N2F, activation):
     N, F = _rows_and_features(x_N2F, activation)
     h_NF = _forward_fake(x_N2F, activation)
-    extension.module.glu_fwd(
-        device_of(x_N2F), address(x_N2F), address(h_NF), N, F, ACTIVATION_CODES[activation], DTYPE_CODES[x_N2F.dtype]
-    )
+    extension.call("glu_fwd", x_N2F, x_N2F, h_NF, N, F, ACTIVATION_CODES[activation], DTYPE_CODES[x_N2F.dtype])
     return h_NF
 
 
@@ -33,11 +31,12 @@ def _backward(dh_NF, x_N2F, activation):
     N, F = _rows_and_features(x_N2F, activation)
     check("dh", dh_NF, (N, F), x_N2F.dtype)
     dx_N2F = torch.empty_like(x_N2F)
-    extension.module.glu_bwd(
-        device_of(x_N2F),
-        address(dh_NF),
-        address(x_N2F),
-        address(dx_N2F),
+    extension.call(
+        "glu_bwd",
+        x_N2F,
+        dh_NF,
+        x_N2F,
+        dx_N2F,
         N,
         F,
         ACTIVATION_CODES[activation],

@@ -3,7 +3,7 @@
 import torch
 
 from cramfast.kernels import dispatch, extension, reference
-from cramfast.kernels.extension import DTYPE_CODES, address, check, check_activations, device_of
+from cramfast.kernels.extension import DTYPE_CODES, check, check_activations
 from cramfast.kernels.registry import register
 
 
@@ -18,16 +18,17 @@ def _forward(x_ND, residual_ND, weight_D, bias_D, eps):
     if bias_D is not None:
         check("bias", bias_D, (D,), torch.float32)
     y_ND, stream_ND, mean_N, rstd_N = _forward_fake(x_ND, residual_ND, weight_D, bias_D, eps)
-    extension.module.layernorm_fwd(
-        device_of(x_ND),
-        address(x_ND),
-        address(residual_ND),
-        address(weight_D),
-        address(bias_D),
-        address(y_ND),
-        address(stream_ND),
-        address(mean_N),
-        address(rstd_N),
+    extension.call(
+        "layernorm_fwd",
+        x_ND,
+        x_ND,
+        residual_ND,
+        weight_D,
+        bias_D,
+        y_ND,
+        stream_ND,
+        mean_N,
+        rstd_N,
         N,
         D,
         eps,
@@ -50,20 +51,21 @@ def _backward(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, weight_D):
     if dstream_ND is not None:
         check("dstream", dstream_ND, (N, D), stream_ND.dtype)
     dx_ND, dweight_D, dbias_D = _backward_fake(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, weight_D)
-    blocks = -(-N // extension.module.layernorm_block_rows)
-    partial = torch.empty(blocks, 2, D, dtype=torch.float32, device=dy_ND.device)
-    extension.module.layernorm_bwd(
-        device_of(dy_ND),
-        address(dy_ND),
-        address(dstream_ND),
-        address(stream_ND),
-        address(mean_N),
-        address(rstd_N),
-        address(weight_D),
-        address(dx_ND),
-        address(partial),
-        address(dweight_D),
-        address(dbias_D),
+    partials = extension.call("layernorm_partials", dy_ND, N)
+    partial = torch.empty(partials, 2, D, dtype=torch.float32, device=dy_ND.device)
+    extension.call(
+        "layernorm_bwd",
+        dy_ND,
+        dy_ND,
+        dstream_ND,
+        stream_ND,
+        mean_N,
+        rstd_N,
+        weight_D,
+        dx_ND,
+        partial,
+        dweight_D,
+        dbias_D,
         N,
         D,
         DTYPE_CODES[stream_ND.dtype],

@@ -1,0 +1,61 @@
+"""The checks of bench/sass.py on listings of known content; no compiler needed."""
+
+import pytest
+
+from bench.sass import Kernel, needs_tensor_cores, needs_wide_loads, parse_ptxas, parse_sass
+
+LOG = """\
+ptxas info    : Compiling entry function '_Z1aPf' for 'sm_75'
+ptxas info    : Function properties for _Z1aPf
+    8 bytes stack frame, 12 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 52 registers, used 1 barriers, 64 bytes smem, 384 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1bPf' for 'sm_75'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers, 400 bytes cmem[0]
+"""
+SASS = """\
+\t\tFunction : _Z1aPf
+        /*0000*/    LDG.E.128.CONSTANT.SYS R4, [R2] ;
+        /*0010*/    LDG.E.64 R4, [R2] ;
+        /*0020*/    STL [R1], R0 ;
+        /*0030*/    HMMA.16816.F32 R0, R4, R8, R0 ;
+\t\tFunction : _Z1bPf
+        /*0000*/    EXIT ;
+"""
+
+
+def test_listings_are_read():
+    assert parse_ptxas(LOG) == {
+        "_Z1aPf": {"stack_bytes": 8, "spill_bytes": 16, "registers": 52, "shared_bytes": 64},
+        "_Z1bPf": {"stack_bytes": 0, "spill_bytes": 0, "registers": 10, "shared_bytes": 0},
+    }
+    assert parse_sass(SASS) == {
+        "_Z1aPf": {"wide_loads": 1, "local_accesses": 1, "tensor_core": 1},
+        "_Z1bPf": {"wide_loads": 0, "local_accesses": 0, "tensor_core": 0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("architecture", "threads", "registers", "shared", "blocks"),
+    [
+        (75, 256, 128, 28928, 2),  # registers and shared memory both allow two
+        (75, 128, 128, 33024, 1),  # half of 64 KiB and a little: one
+        (86, 256, 40, 0, 6),  # threads
+        (86, 32, 16, 0, 16),  # blocks
+        (90, 512, 64, 0, 2),  # registers
+        (90, 512, 65, 0, 1),  # one register more, rounded up to 72
+    ],
+)
+def test_blocks_on_a_multiprocessor(architecture, threads, registers, shared, blocks):
+    assert Kernel("k", architecture, threads, registers, shared, 0, 0).blocks == blocks
+
+
+def test_each_problem_is_named():
+    bad = Kernel("glu_fwd_kernel<bf16, 8, Gelu>", 86, 256, 32, 0, 8, 16, wide_loads=0, local_accesses=3, tensor_core=0)
+    assert len(bad.problems()) == 3
+    assert not needs_wide_loads("glu_fwd_kernel<bf16, 1, Gelu>") and not needs_wide_loads("layernorm_sum_kernel")
+    assert needs_wide_loads("cross_entropy_kernel<f16, 8, 0>") and needs_wide_loads("adamw_norm_kernel")
+    assert needs_tensor_cores("attention_fwd_kernel<f16, 64>") and not needs_tensor_cores(
+        "glu_fwd_kernel<f16, 8, Gelu>"
+    )
+    assert Kernel("attention_fwd_kernel<f16, 64>", 86, 128, 32, 0, 0, 0, 1, 0, 0).problems()
