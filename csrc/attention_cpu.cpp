@@ -131,11 +131,16 @@ Stored<T> projection(const Args& args, Memory* qkv, const Head& head, int which)
 // Rows beyond the last become zeros, up to whole vectors, so that no product meets what scratch held before.
 template <class Form, class T>
 void load_words(const Stored<const T>& from, const Words<typename Form::Word>& to) {
-  alignas(64) float even[max_head_width], odd[max_head_width];
-  for (Size row = 0; row < round_up(from.rows, lanes); row += 2) {
-    from.load(row, even);
-    from.load(row + 1, odd);
-    Form::store(to, row, even, odd, from.width);
+  const Size rows = round_up(from.rows, lanes);
+  if constexpr (Form::depth == 1) {
+    for (Size row = 0; row < rows; ++row) from.load(row, to.along + row * to.along_stride);
+  } else {
+    alignas(64) float even[max_head_width], odd[max_head_width];
+    for (Size row = 0; row < rows; row += 2) {
+      from.load(row, even);
+      from.load(row + 1, odd);
+      Form::store(to, row, even, odd, from.width);
+    }
   }
 }
 
@@ -212,9 +217,9 @@ void forward_keys(ForwardScratch<Form>& scratch, Range queries, Range keys, Size
     } else {
       std::fill_n(scores, n, 0.0f);
     }
-    if (Form::depth == 2 && (r % 2 == 1 || r + 1 == rows)) {
-      const Size even = r / 2 * 2;  // past the last row an old one follows, which nobody reads
-      Form::store(scratch.p, even, scratch.scores + even * block_stride, scratch.scores + (even + 1) * block_stride, n);
+    if constexpr (Form::depth == 2) {
+      const float* even = scratch.scores + r / 2 * 2 * block_stride;  // past the last row lies one that nobody reads
+      if (r % 2 == 1 || r + 1 == rows) Form::store(scratch.p, r / 2 * 2, even, even + block_stride, n);
     }
   }
   multiply<Form>(rows, width, ceil_div(keys.end - keys.begin, Form::depth), left_rows<Form>(scratch.p, 0),
@@ -277,24 +282,12 @@ struct BackwardScratch {
   }
 };
 
-// One row of a block of keys: scores -> P in place, dP -> dz / scale in place. When the block holds every key of the
-// row (`whole`), P is normalised anew and delta is sum_j P_ij dP_ij: with lse and do_i o_i, each rounded on its own, dz
-// of a row with few keys would be the difference of two nearly equal numbers.
-void gradient_row(float* __restrict scores, float* __restrict dp, Size n, float scale, float lse, float delta,
-                  bool whole) {
-  float total = 0.0f, weighted = 0.0f;
-#pragma omp simd reduction(+ : total, weighted)
-  for (Size j = 0; j < n; ++j) {
-    scores[j] = exp_(scale * scores[j] - lse);
-    total += scores[j];
-    weighted += scores[j] * dp[j];
-  }
-  const float share = whole ? 1.0f / total : 1.0f;
-  const float mean = whole ? weighted * share : delta;
+// One row: scores -> P in place, dP -> dz / scale in place.
+void gradient_row(float* __restrict scores, float* __restrict dp, Size n, float scale, float lse, float delta) {
 #pragma omp simd
   for (Size j = 0; j < n; ++j) {
-    scores[j] *= share;
-    dp[j] = scores[j] * (dp[j] - mean);
+    scores[j] = exp_(scale * scores[j] - lse);
+    dp[j] = scores[j] * (dp[j] - delta);
   }
 }
 
@@ -308,7 +301,7 @@ float dot_row(const T* __restrict a, const T* __restrict b, Size n) {
 
 template <class Form>
 void backward_keys(BackwardScratch<Form>& scratch, Range queries, Range keys, Size length, Size width, Size window,
-                   const float* lse, const float* delta, bool whole) {
+                   const float* lse, const float* delta) {
   const Size rows = queries.end - queries.begin, columns = keys.end - keys.begin, n = round_up(columns, lanes);
   const Size words = width / Form::depth, row_words = ceil_div(rows, Form::depth);
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
@@ -321,12 +314,13 @@ void backward_keys(BackwardScratch<Form>& scratch, Range queries, Range keys, Si
     float* dp = scratch.dp + r * block_stride;
     if (r < rows) {
       mask_row(scores, queries.begin + r, keys.begin, n, length, window);
-      gradient_row(scores, dp, n / lanes * lanes, scale, lse[r], delta[r], whole);
+      gradient_row(scores, dp, n / lanes * lanes, scale, lse[r], delta[r]);
     } else {
       std::fill_n(scores, n, 0.0f);
       std::fill_n(dp, n, 0.0f);
     }
-    if (Form::depth == 2 && r % 2 == 1) {
+    if constexpr (Form::depth == 2) {
+      if (r % 2 == 0) continue;
       Form::store(scratch.p, r - 1, scores - block_stride, scores, n);
       Form::store(scratch.dz, r - 1, dp - block_stride, dp, n);
     }
@@ -372,15 +366,14 @@ void backward_head(const AttentionBackward& args, const Head& head, CacheLine* m
   for (Size begin = 0; begin < length; begin += block_rows) {
     const Range queries{begin, std::min(length, begin + block_rows)};
     const Range keys = keys_of(queries.begin, queries.end, length, args.window);
-    const bool whole = keys.end - keys.begin <= block_keys;
-    float delta[block_rows] = {};
-    for (Size i = begin; i < queries.end && !whole; ++i) {
+    float delta[block_rows];
+    for (Size i = begin; i < queries.end; ++i) {
       delta[i - begin] = dot_row(dout + i * out_stride, out + i * out_stride, K);
     }
     std::fill_n(scratch.dq, (queries.end - begin) * K, 0.0f);
     for (Size key = keys.begin; key < keys.end; key += block_keys) {
       const Range some{key, std::min(keys.end, key + block_keys)};
-      backward_keys(scratch, queries, some, length, K, args.window, lse + begin, delta, whole);
+      backward_keys(scratch, queries, some, length, K, args.window, lse + begin, delta);
     }
     store_gradient(scratch.dq, dq, begin, queries.end, scale);
   }

@@ -31,6 +31,7 @@ constexpr int lanes = 4, tile_vectors = 4;
 constexpr int lanes = 4, tile_vectors = 2;
 #endif
 constexpr int tile_rows = 6;
+constexpr std::int64_t sum_words = 32;
 constexpr int panel = lanes * tile_vectors;  // columns of B that a register tile covers
 
 typedef float FloatVector __attribute__((vector_size(4 * lanes)));
@@ -62,14 +63,6 @@ struct Single {
   static constexpr int depth = 1;  // values in a word
 
   static FloatVector multiply_add(FloatVector sum, float a, FloatVector b) { return sum + a * b; }
-
-  // Rows `row` and `row + 1` of a matrix of n columns.
-  static void store(const Words<float>& to, std::int64_t row, const float* even, const float* odd, std::int64_t n) {
-    float* first = (to.along ? to.along : to.across) + row * to.along_stride;
-    if (first == even) return;
-    std::memcpy(first, even, n * sizeof(float));
-    std::memcpy(first + to.along_stride, odd, n * sizeof(float));
-  }
 };
 
 #ifdef __AVX512BF16__
@@ -83,6 +76,7 @@ struct Pair {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
   }
 
+  // Rows `row` (even) and `row + 1` of a matrix of n columns, rounded.
   static void store(const Words<Word>& to, std::int64_t row, const float* even, const float* odd, std::int64_t n) {
     Word* first = to.along + row * to.along_stride;
     Word* second = first + to.along_stride;
@@ -132,14 +126,7 @@ struct Right {
 template <class Form, int rows, int vectors, class Word>
 inline void multiply_tile(const Left<Word> a, const Word* b, std::int64_t b_stride, std::int64_t k, float* c,
                           std::int64_t c_stride, bool accumulate) {
-  FloatVector sum[rows][vectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      sum[r][v] = accumulate ? load_vector<FloatVector>(c + r * c_stride + v * lanes) : FloatVector{};
-    }
-  }
+  FloatVector sum[rows][vectors] = {};
   for (std::int64_t i = 0; i < k; ++i) {
     typename Form::Vector right[vectors];
 #pragma GCC unroll 8
@@ -156,7 +143,10 @@ inline void multiply_tile(const Left<Word> a, const Word* b, std::int64_t b_stri
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) store_vector(sum[r][v], c + r * c_stride + v * lanes);
+    for (int v = 0; v < vectors; ++v) {
+      float* to = c + r * c_stride + v * lanes;
+      store_vector(accumulate ? load_vector<FloatVector>(to) + sum[r][v] : sum[r][v], to);
+    }
   }
 }
 
@@ -191,14 +181,20 @@ void multiply_panel(std::int64_t m, std::int64_t n, std::int64_t k, Left<Word> a
   }
 }
 
-// C (m, n) (+)= A (m, k words) B (k words, n); n a multiple of lanes.
+// C (m, n) (+)= A (m, k words) B (k words, n); n a multiple of lanes. Sums of sum_words words are added up, which
+// costs a little traffic for C and keeps the rounding error near that of libraries that sum in several chains.
 template <class Form>
 void multiply(std::int64_t m, std::int64_t n, std::int64_t k, Left<typename Form::Word> a,
               Right<typename Form::Word> b, float* c, std::int64_t c_stride, bool accumulate) {
   for (std::int64_t column = 0; column < n; column += panel) {
-    multiply_panel<Form, tile_vectors>(m, std::min<std::int64_t>(panel, n - column), k, a, b.data, b.k_stride,
-                                       c + column, c_stride, accumulate);
-    b.data += b.panel_stride;
+    Left<typename Form::Word> left = a;
+    const typename Form::Word* right = b.data + column / panel * b.panel_stride;
+    for (std::int64_t word = 0; word < k; word += sum_words) {
+      multiply_panel<Form, tile_vectors>(m, std::min<std::int64_t>(panel, n - column), std::min(sum_words, k - word),
+                                         left, right, b.k_stride, c + column, c_stride, accumulate || word > 0);
+      left.data += sum_words * left.k_stride;
+      right += sum_words * b.k_stride;
+    }
   }
 }
 

@@ -77,7 +77,8 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     if device_type == "cpu":
         return choice("cpp", f"C++ for the CPU, {extension.cpu_isa}")
     if device_type == "cuda" and op in extension.module.cuda_operators:
-        return choice("cpp", "CUDA")
+        # Emulated and compiled, never run on a GPU: until its tests have passed on one, nobody gets it unasked.
+        return choice("reference", f"CUDA kernel not yet proven on a GPU; dispatch.override({op!r}, 'cpp') takes it")
     return choice("reference", f"no kernel was built for {device_type}")
 
 
