@@ -282,12 +282,24 @@ struct BackwardScratch {
   }
 };
 
-// One row: scores -> P in place, dP -> dz / scale in place.
-void gradient_row(float* __restrict scores, float* __restrict dp, Size n, float scale, float lse, float delta) {
-#pragma omp simd
+// One row of a block of keys: scores -> P in place, dP -> dz / scale in place. When the block holds every key of the
+// row (`whole`), P is normalised anew and delta is sum_j P_ij dP_ij: with lse and do_i o_i, each rounded on its own, dz
+// of a row with few keys would be the difference of two nearly equal numbers.
+void gradient_row(float* __restrict scores, float* __restrict dp, Size n, float scale, float lse, float delta,
+                  bool whole) {
+  float total = 0.0f, weighted = 0.0f;
+#pragma omp simd reduction(+ : total, weighted)
   for (Size j = 0; j < n; ++j) {
     scores[j] = exp_(scale * scores[j] - lse);
-    dp[j] = scores[j] * (dp[j] - delta);
+    total += scores[j];
+    weighted += scores[j] * dp[j];
+  }
+  const float share = whole ? 1.0f / total : 1.0f;
+  const float mean = whole ? weighted * share : delta;
+#pragma omp simd
+  for (Size j = 0; j < n; ++j) {
+    scores[j] *= share;
+    dp[j] = scores[j] * (dp[j] - mean);
   }
 }
 
@@ -301,7 +313,7 @@ float dot_row(const T* __restrict a, const T* __restrict b, Size n) {
 
 template <class Form>
 void backward_keys(BackwardScratch<Form>& scratch, Range queries, Range keys, Size length, Size width, Size window,
-                   const float* lse, const float* delta) {
+                   const float* lse, const float* delta, bool whole) {
   const Size rows = queries.end - queries.begin, columns = keys.end - keys.begin, n = round_up(columns, lanes);
   const Size words = width / Form::depth, row_words = ceil_div(rows, Form::depth);
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
@@ -314,7 +326,7 @@ void backward_keys(BackwardScratch<Form>& scratch, Range queries, Range keys, Si
     float* dp = scratch.dp + r * block_stride;
     if (r < rows) {
       mask_row(scores, queries.begin + r, keys.begin, n, length, window);
-      gradient_row(scores, dp, n / lanes * lanes, scale, lse[r], delta[r]);
+      gradient_row(scores, dp, n / lanes * lanes, scale, lse[r], delta[r], whole);
     } else {
       std::fill_n(scores, n, 0.0f);
       std::fill_n(dp, n, 0.0f);
@@ -366,14 +378,15 @@ void backward_head(const AttentionBackward& args, const Head& head, CacheLine* m
   for (Size begin = 0; begin < length; begin += block_rows) {
     const Range queries{begin, std::min(length, begin + block_rows)};
     const Range keys = keys_of(queries.begin, queries.end, length, args.window);
-    float delta[block_rows];
-    for (Size i = begin; i < queries.end; ++i) {
+    const bool whole = keys.end - keys.begin <= block_keys;
+    float delta[block_rows] = {};
+    for (Size i = begin; i < queries.end && !whole; ++i) {
       delta[i - begin] = dot_row(dout + i * out_stride, out + i * out_stride, K);
     }
     std::fill_n(scratch.dq, (queries.end - begin) * K, 0.0f);
     for (Size key = keys.begin; key < keys.end; key += block_keys) {
       const Range some{key, std::min(keys.end, key + block_keys)};
-      backward_keys(scratch, queries, some, length, K, args.window, lse + begin, delta);
+      backward_keys(scratch, queries, some, length, K, args.window, lse + begin, delta, whole);
     }
     store_gradient(scratch.dq, dq, begin, queries.end, scale);
   }

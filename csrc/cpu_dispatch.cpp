@@ -14,26 +14,34 @@
 namespace cramfast {
 namespace {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 const char* name_of(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+  switch (isa) {
+    case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
 }
 
 Isa best_isa() {
 #ifdef CRAMFAST_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return Isa::avx512;
+  if (__builtin_cpu_supports("x86-64-v4")) {
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+  }
   if (__builtin_cpu_supports("x86-64-v3")) return Isa::avx2;
 #endif
   return Isa::baseline;
 }
 
-// CRAMFAST_CPU=baseline|avx2|avx512 takes a lower set than the best one, for tests and comparisons; never a higher one.
+// CRAMFAST_CPU=baseline|avx2|avx512|avx512_bf16 takes a lower set than the best one, for tests and comparisons;
+// never a higher one.
 Isa chosen_isa() {
   const Isa best = best_isa();
   if (const char* wanted = std::getenv("CRAMFAST_CPU")) {
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
       if (std::strcmp(wanted, name_of(isa)) == 0 && isa <= best) return isa;
     }
   }
@@ -53,11 +61,13 @@ const char* cpu_isa() { return name_of(isa()); }
 
 #ifdef CRAMFAST_X86
 #define CRAMFAST_CPU_OPERATOR(op, Args)                             \
+  namespace cramfast::avx512_bf16 { void op(Cpu, const Args&); }    \
   namespace cramfast::avx512 { void op(Cpu, const Args&); }         \
   namespace cramfast::avx2 { void op(Cpu, const Args&); }           \
   namespace cramfast::baseline { void op(Cpu, const Args&); }       \
   void cramfast::op(Cpu device, const Args& args) {                 \
     switch (isa()) {                                                \
+      case Isa::avx512_bf16: return avx512_bf16::op(device, args);  \
       case Isa::avx512: return avx512::op(device, args);            \
       case Isa::avx2: return avx2::op(device, args);                \
       default: return baseline::op(device, args);                   \

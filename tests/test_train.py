@@ -4,6 +4,7 @@ import json
 import math
 from itertools import pairwise
 
+import fake_loader
 import pytest
 import torch
 from fake_loader import rows, run, same_bits, small_config, weights
@@ -22,11 +23,12 @@ pytestmark = pytest.mark.usefixtures("fake_text")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One run of 40 updates, evaluated about every fifth of its time."""
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        import fake_loader
-
         fake_loader.install(patch.setattr)
-        return run(tmp_path_factory.mktemp("runs") / "whole", "40steps", eval_interval=0.05)
+        torch.set_num_threads(1)  # as the fixture one_thread, which only lives as long as a test
+        yield run(tmp_path_factory.mktemp("runs") / "whole", "40steps", eval_interval=0.05)
+    torch.set_num_threads(threads)
 
 
 def test_learns_and_records(finished):
