@@ -36,7 +36,7 @@ def adamw_ours(inputs) -> Work:
 
 
 def adamw_torch(inputs) -> Work:
-    """clip_grad_norm_, torch's fused AdamW, and the cast of the weights to half precision that our step includes."""
+    """clip_grad_norm_ and torch's fused AdamW; without the half-precision copy of the weights that ours writes too."""
     parameter = torch.nn.Parameter(inputs["master"].clone())
     parameter.grad = inputs["grad"].clone()
     optimizer = torch.optim.AdamW([parameter], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -49,7 +49,7 @@ def adamw_torch(inputs) -> Work:
 
 
 def attention_padded(inputs) -> Work:
-    """torch's scaled_dot_product_attention over sequences padded to the longest, with a key mask where lengths differ."""
+    """torch's scaled_dot_product_attention, padded to the longest sequence, with a key mask where lengths differ."""
     lengths = inputs["cu_seqlens"].diff()
     _, _, H, K = inputs["qkv"].shape
     B, L = len(lengths), inputs["max_seqlen"]

@@ -1,6 +1,7 @@
 """How much a run may spend, in time, tokens, FLOPs or steps, and what it has spent."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,20 @@ def parse_budget(text: str) -> Budget:
             f"budget={text!r} is not understood — use 24h, 90m, 300s, 2e9tokens, 1e15flops or 500steps"
         ) from None
     amount *= SECONDS.get(suffix, 1.0)
-    if amount <= 0:
-        raise UserError(f"budget={text!r} leaves nothing to spend — use a positive amount")
+    if not 0 < amount < math.inf:
+        raise UserError(f"budget={text!r} is no amount to spend — use a positive, finite one")
     return Budget(unit, amount)
+
+
+def _readable(lines: list[str]) -> list[dict]:
+    """Rows up to the first line that a kill left unfinished."""
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def read_replay(metrics: Path) -> Replay:
@@ -95,7 +107,9 @@ def read_replay(metrics: Path) -> Replay:
         lines = metrics.read_text(encoding="utf-8").splitlines()
     except OSError:
         raise UserError(f"{metrics}: not found — --replay takes the folder of a finished run") from None
-    rows = [row for row in map(json.loads, lines) if "microbatches" in row]
+    rows = [row for row in _readable(lines) if "microbatches" in row]
+    if not rows:
+        raise UserError(f"{metrics}: no step is recorded there — --replay takes the folder of a finished run")
     if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
         raise UserError(f"{metrics}: steps are missing — the record of this run is damaged and cannot be replayed")
     return Replay(tuple(row["fraction"] for row in rows), tuple(row["microbatches"] for row in rows))

@@ -130,8 +130,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / "state.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if not {"progress", "model"} <= set(state):
+            raise ValueError("keys are missing")
+        return state
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: unreadable ({error}) — remove {checkpoint} to use the one before it") from None
 
 

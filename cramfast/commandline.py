@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from cramfast.config import TrainConfig, config_hash, flatten, read_config
+from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config
 from cramfast.errors import UserError
 from cramfast.recipes import choose_device, recipe, resolve
 from cramfast.runfolder import find_resumed, new_name
@@ -66,6 +66,8 @@ def parse(args: list[str] | None = None) -> Request:
         prog="python -m cramfast.train",
     )
     config = resolve(arguments.config)
+    if first.replay and (key := differing_key(read_config(source / "config.json"), config)):
+        raise UserError(f"--replay {source} with another {key}: a replay keeps every value — leave that flag out")
     run_dir = resumed or arguments.run_dir or new_name(config.preset)
     if not resumed and (run_dir / "config.json").exists():
         raise UserError(f"{run_dir}: holds a run already — go on with --resume {run_dir}, or choose another --run-dir")

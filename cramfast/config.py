@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -136,7 +137,8 @@ class TrainConfig:
             f"batch_tokens={self.batch_tokens}",
             f"use at least microbatch_tokens={self.microbatch_tokens}",
         )
-        require(self.lr > 0, f"lr={self.lr}", "use a value above 0")
+        require(0 < self.lr < math.inf, f"lr={self.lr}", "use a finite value above 0")
+        require(0 <= self.seed < 2**63, f"seed={self.seed}", "use 0 or more")
         require(0 <= self.ramp_fraction <= 1, f"ramp_fraction={self.ramp_fraction}", "use 0 to 1")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)}", "use 0 up to, not including, 1")
@@ -189,7 +191,10 @@ def read_config(path: Path) -> TrainConfig:
         raise UserError(f"{path}: not found — give a run folder made by python -m cramfast.train") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged JSON ({error}) — restore it, or start a new run") from None
-    return from_json(TrainConfig, values, str(path))
+    try:
+        return from_json(TrainConfig, values, str(path))
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path}: a value has the wrong type ({error}) — restore it, or start a new run") from None
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -166,6 +166,7 @@ def _text_of(row: dict, text_key: str, where: str) -> Iterator[str]:
         return
     if not isinstance(text, str):
         raise UserError(f"{where}: {text_key!r} is a {type(text).__name__}, not text — name another with --text-key")
+    text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair, which is no character
     if text := text.strip():
         for start in range(0, len(text), LONGEST_PIECE):
             yield text[start : start + LONGEST_PIECE]

@@ -1,16 +1,20 @@
 """What a run shows and writes while it trains: metrics.jsonl, TensorBoard, a progress line, the matmul peak."""
 
+import contextlib
+import errno
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cramfast.budget import Progress
+from cramfast.errors import UserError
 
 PEAK_SIZE = {
     "cpu": 2048,
@@ -39,23 +43,28 @@ def synchronize(device: torch.device) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of one run folder; opened again on resume, it drops rows beyond `step`."""
+    """metrics.jsonl and TensorBoard of one run folder; opened again on resume, it drops rows beyond `step`.
+
+    Raises, from every method:
+        UserError: the disk refused; what was written before is complete lines.
+    """
 
     def __init__(self, run_dir: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter  # half a second to import, needed only by a training run
 
-        path = run_dir / "metrics.jsonl"
-        if path.exists():
-            truncate(path, step)
-        self.file = path.open("a", encoding="utf-8")
+        self.path = run_dir / "metrics.jsonl"
+        if self.path.exists():
+            truncate(self.path, step)
+        self.file = self.path.open("ab", buffering=0)  # nothing may wait in a buffer for a kill
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def row(self, row: dict[str, Any]) -> None:
         """Write one step or one evaluation; `step` and `tokens` are its places on the axes."""
         self.write(row)
-        for key, value in row.items():
-            if key not in ("step", "tokens") and math.isfinite(value):
-                self.board.add_scalar(key, value, row["step"])
+        with self.refusals_named():
+            for key, value in row.items():
+                if key not in ("step", "tokens") and math.isfinite(value):
+                    self.board.add_scalar(key, value, row["step"])
 
     def evaluation(self, progress: Progress, loss: float, accuracy: float) -> float:
         """Write a held-out evaluation; return its loss."""
@@ -66,19 +75,37 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """Write any row; a number that is not finite becomes null, because JSON has none."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        line = json.dumps(finite).encode() + b"\n"
+        with self.refusals_named():
+            if self.file.write(line) < len(line):  # the disk took a part: the next resume cuts it off
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """Force the rows to disk, before a checkpoint that counts on them."""
-        os.fsync(self.file.fileno())
+        with self.refusals_named():
+            os.fsync(self.file.fileno())
+
+    @contextlib.contextmanager
+    def refusals_named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path.parent}: metrics cannot be written ({error.strerror or error}); the last checkpoint is "
+                f"intact — free disk space, then --resume {self.path.parent}"
+            ) from None
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *_) -> None:
         self.file.close()
-        self.board.close()
+        try:
+            with self.refusals_named():
+                self.board.close()
+        except UserError:
+            if kind is None:  # else the error that ends the run already says it
+                raise
 
 
 def truncate(path: Path, step: int) -> None:

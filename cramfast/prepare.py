@@ -90,7 +90,7 @@ def prepare(
     """
     report = progress or (lambda stage, done, total: None)
     if len(data) == 1 and (Path(data[0]) / "manifest.json").is_file():
-        read_manifest(Path(data[0]))
+        verify(Path(data[0]))  # reads it all once: a folder that was moved or edited must not fail in mid-run
         return Path(data[0])
     if not data:
         data = (str(default_corpus(report)),)
@@ -156,7 +156,8 @@ def _building(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         for stale in folder.parent.glob(f".{folder.name}.*.partial"):
-            if not _alive(int(stale.suffixes[-2][1:])):  # killed before it could clean up
+            owner = stale.suffixes[-2][1:]
+            if owner == str(os.getpid()) or not (owner.isdigit() and _alive(int(owner))):  # killed before it cleaned up
                 shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
@@ -297,7 +298,10 @@ def _write(folder: Path, options: Options, report: Report) -> None:
     (folder / "heldout.txt").write_text("\n".join(heldout_lines) + "\n", encoding="utf-8")
     splits = {name: writer.close() for name, writer in writers.items()}
     if splits["train"]["tokens"] == 0 or splits["heldout"]["tokens"] == 0:
-        raise UserError(f"{' '.join(options.data)}: too little text to train on and to hold out — add documents")
+        raise UserError(
+            f"{' '.join(options.data)}: too little text to train on and to hold out — add documents, "
+            "or use --tokenizer bpe if it is not written in Latin letters"
+        )
     _write_manifest(folder, options, splits, tokenizer, dtype, writers["train"].histogram)
 
 

@@ -1,10 +1,13 @@
 """The folder of a run: runs/NAME with config.json, the prepared text's description, metrics and checkpoints."""
 
+import contextlib
+import fcntl
 import json
 import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +24,7 @@ from cramfast.metrics import measure_matmul_peak
 from cramfast.model import Encoder
 
 COPIED = ("tokenizer.json", "manifest.json", "heldout.txt")
+REPLAYED = "replay.jsonl"  # record of the run that this one repeats
 DEFAULT_PARENT = Path("runs")
 
 
@@ -53,8 +57,25 @@ def find_resumed(resume: str, run_dir: Path | None) -> Path | None:
     return Path(resume)
 
 
-def create(run_dir: Path, config: TrainConfig, prepared: Path) -> None:
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep a second process out of the folder while this one trains in it.
+
+    Raises:
+        UserError: another process is there.
+    """
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another process is training here — wait for it, or stop it first") from None
+        yield
+
+
+def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | None = None) -> None:
     """Make a run's folder, or go on with its own: same config but for harmless keys, same prepared text.
+
+    `replay` is the run whose record this one follows; the record is copied, so that a resume follows it too.
 
     Raises:
         UserError: the folder is taken by something else, or config or text changed since the run began.
@@ -74,14 +95,14 @@ def create(run_dir: Path, config: TrainConfig, prepared: Path) -> None:
     elif run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir}: not empty and no run — choose another --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    partial = run_dir.with_name(
-        f".{run_dir.name}.config.json"
-    )  # beside the folder, which is thus empty or has a config
+    partial = run_dir.with_name(f".{run_dir.name}.config.json")  # beside the folder: that is empty or has a config
     partial.write_text(json.dumps(to_json(config), indent=1), encoding="utf-8")
     partial.replace(stored)
     checkpoint.sweep(run_dir)
     for name in COPIED:
         shutil.copyfile(prepared / name, run_dir / name)
+    if replay:
+        shutil.copyfile(replay / "metrics.jsonl", run_dir / REPLAYED)
 
 
 def describe(config: TrainConfig, model: Encoder) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from cramfast import checkpoint, runfolder, schedule, stages
 from cramfast.allocator import keep_freed_memory
 from cramfast.budget import Budget, Progress, Replay, parse_budget, read_replay
-from cramfast.commandline import parse, print_config
+from cramfast.commandline import Request, parse, print_config
 from cramfast.config import TrainConfig, config_hash, to_json
 from cramfast.errors import UserError, command
 from cramfast.feed import Feed, evaluate, heldout_batches, to_device, training_source
@@ -81,7 +81,7 @@ def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | R
                 "mfu": flops / seconds / run["matmul_peak_flops"],
             }  # fmt: skip
             log.row(row)
-            display.step(row, spent := budget.fraction(progress), progress.seconds * (1 / spent - 1))
+            display.step(row, spent := budget.fraction(progress), progress.seconds * max(0.0, 1 / spent - 1))
             stop_if_hopeless(progress, previous)
             if progress.seconds - evaluated >= config.eval_interval or spent >= 1:
                 display.heldout = log.evaluation(progress, *evaluate(model, heldout))
@@ -140,6 +140,12 @@ def stop_if_hopeless(progress: Progress, previous: Path | None) -> None:
         )
 
 
+def choose_budget(request: Request) -> Budget | Replay:
+    """The recorded budget of a replay, also of one that is resumed; else what the config says."""
+    record = request.replay / "metrics.jsonl" if request.replay else request.run_dir / runfolder.REPLAYED
+    return read_replay(record) if request.replay or record.exists() else parse_budget(request.config.budget)
+
+
 def main() -> None:
     """The command line: every stage, with its progress, from text to an exported model."""
     request = parse()
@@ -148,12 +154,14 @@ def main() -> None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
     stages.print_kernels(config)
-    budget = read_replay(request.replay / "metrics.jsonl") if request.replay else parse_budget(config.budget)
+    budget = choose_budget(request)
     prepared, config = stages.prepare_text(config)
     print_config(config)
-    runfolder.create(request.run_dir, config, prepared)
+    runfolder.create(request.run_dir, config, prepared, request.replay)
     print(f"run folder {request.run_dir}", flush=True)
-    if not train(config, request.run_dir, prepared, budget):
+    with runfolder.locked(request.run_dir):
+        finished = train(config, request.run_dir, prepared, budget)
+    if not finished:
         print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}")
         sys.exit(130)
     stages.publish(request.run_dir)

@@ -38,3 +38,30 @@ def test_sigint_and_sigterm_save_and_leave(tmp_path):
     for name in ("SIGINT", "SIGTERM"):
         newest = checkpoint.newest(tmp_path / name)
         assert int(newest.name[-8:]) == rows(tmp_path / name)[-1]["step"] >= 3
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import fake_loader, torch
+from cramfast.errors import command
+torch.set_num_threads(1)
+fake_loader.install(setattr)
+folder = Path(sys.argv[1])
+fake_loader.run(folder, "3steps")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write past the limit fails, as on a full disk
+limit = (folder / "metrics.jsonl").stat().st_size + 1500
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+command(lambda: fake_loader.run(folder, "100steps"))
+"""
+
+
+def test_a_disk_that_fills_while_metrics_are_written(tmp_path):
+    """A real failed write, by a limit on file size; what is there can be resumed."""
+    arguments = [sys.executable, "-c", FULL, str(tmp_path), str(WORKER.parent)]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "metrics cannot be written" in result.stderr and "--resume" in result.stderr
+    assert checkpoint.newest(tmp_path).name == "step-00000003"

@@ -47,7 +47,7 @@ def _evaluate(operators, case, inputs, cotangent_seed=1):
         generator = torch.Generator().manual_seed(cotangent_seed)
         # Cotangents are drawn in bfloat16 so that every dtype differentiates the same function.
         cotangents = [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in outputs]
-        if not any(o.requires_grad for o in outputs):  # the reference's output is constant where every sequence is empty: its gradient is zero
+        if not any(o.requires_grad for o in outputs):  # of empty sequences alone the reference makes a constant
             return result | {f"d{n}": torch.zeros_like(inputs[n]) for n in wanted}
         gradients = torch.autograd.grad(outputs, [inputs[n] for n in wanted], cotangents)
         result |= {f"d{n}": g for n, g in zip(wanted, gradients, strict=True)}
