@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from bench import machine
+from cramfast.allocator import keep_freed_memory
 
 ROWS: list[dict] = []
+
+keep_freed_memory()  # as the trainer does; every peer in this process has it too
 
 
 def pytest_addoption(parser):

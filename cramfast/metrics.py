@@ -16,10 +16,8 @@ import torch
 from cramfast.budget import Progress
 from cramfast.errors import UserError
 
-PEAK_SIZE = {
-    "cpu": 2048,
-    "cuda": 8192,
-}  # large enough to hide launch and packing, small enough for a fraction of a second
+# Large enough to hide launch and packing, small enough for a fraction of a second.
+PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 PLAIN_INTERVAL_S = 10.0  # between lines where no terminal can redraw one
 
 
