@@ -16,7 +16,7 @@ import torch
 
 from cramfast import checkpoint
 
-BUDGET = "60steps"
+BUDGET = "300steps"  # far more than 24 short lives reach, on a fast machine too
 
 
 def child(folder: Path, interval: float, text: str = BUDGET) -> int:

@@ -182,13 +182,12 @@ def start(*arguments):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_preparation_leaves_nothing_half_valid(tmp_path, how):
     data = tmp_path / "a.txt"
-    data.write_text(Path(write_text(tmp_path / "b.txt", 2000)).read_text() * 40)
+    data.write_text(Path(write_text(tmp_path / "b.txt", 2000)).read_text() * 300)
     process = start("--data", data, "--out", tmp_path / "out", "--vocab-size", 512)
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob(".out.*.partial")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
-    time.sleep(0.3)
     process.send_signal(how)
     _, error = process.communicate(timeout=30)
     assert process.returncode == (130 if how == signal.SIGINT else -how), error
