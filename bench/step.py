@@ -10,7 +10,7 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,8 @@ class Options:
     heads: int = 4
     feedforward: int = 512
     vocab_size: int = 16384
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of every system's matmuls; auto: what this processor multiplies fastest."""
     systems: tuple[str, ...] = field(default=SYSTEMS)
     rounds: int = 5
     """Turns that each system gets."""
@@ -87,7 +89,7 @@ class Cramfast:
                 feedforward=options.feedforward,
             )
         )
-        self.flat = FlatParameters(self.model, torch.bfloat16)
+        self.flat = FlatParameters(self.model, getattr(torch, options.dtype))
         self.optimizer = AdamW(
             self.flat,
             beta1=ADAMW["betas"][0],
@@ -115,7 +117,7 @@ class Cramfast:
 
 
 class Transformers:
-    """The stock step: ModernBertForMaskedLM, padded batches in random order, bf16 autocast, clip, fused AdamW."""
+    """The stock step: ModernBertForMaskedLM, padded batches in random order, autocast, clip, fused AdamW."""
 
     def __init__(self, options: Options, prepared: Path, compiled: bool):
         import torch
@@ -142,7 +144,7 @@ class Transformers:
         self.model = ModernBertForMaskedLM(config).train()
         self.run = torch.compile(self.model, dynamic=True) if compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **ADAMW)
-        self.vocab_size = options.vocab_size
+        self.vocab_size, self.dtype = options.vocab_size, options.dtype
         self.sequences = Sequences(prepared, options.sequence_len).items
         self.random = np.random.default_rng(0)
         self.order = np.empty(0, dtype=np.int64)
@@ -170,7 +172,7 @@ class Transformers:
         start = time.perf_counter()
         ids, attention, labels = self.batch()
         data = time.perf_counter()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
             loss = self.run(input_ids=ids, attention_mask=attention, labels=labels).loss
         forward = time.perf_counter()
         loss.backward()
@@ -290,8 +292,11 @@ def main() -> None:
 
     from bench import machine
     from cramfast.prepare import prepare
+    from cramfast.recipes import choose_dtype
 
     options = tyro.cli(Options, description=__doc__)
+    if options.dtype == "auto":
+        options = replace(options, dtype=choose_dtype("cpu"))
     prepared = prepare(options.data, None, vocab_size=options.vocab_size, documents=options.documents)
     rows = measure(options, prepared)
     show(rows)
