@@ -27,7 +27,7 @@ class Batch:
     Attributes:
         ids_N: (N,) int32, masked input; [PAD] after the last sequence, belonging to none.
         cu_seqlens: (S_max + 1,) int32, padded with the final offset: empty sequences.
-        masked_index_M: (M,) int64, ascending positions to predict; 0 in rows left over where too few tokens qualify.
+        masked_index_M: (M,) int64, distinct: ascending positions to predict, then others where too few tokens qualify.
         target_M: (M,) int64, the tokens there; -100 in rows left over.
         max_seqlen: sequence_len, which no sequence exceeds.
         tokens: those that are not padding.
@@ -194,7 +194,7 @@ class BatchSource:
         """Choose exactly `wanted` ordinary words (fewer only where there are fewer), hide them in `ids`.
 
         Returns:
-            (M,) positions and (M,) words there, padded as `Batch` says.
+            (M,) positions and (M,) words there, filled up as `Batch` says.
         """
         # A word that the tokenizer could not split is [UNK]; predicting it would teach nothing.
         eligible = (places >= 0) & (ids >= FIRST_WORD)
@@ -204,9 +204,10 @@ class BatchSource:
         if count > wanted:
             smallest = np.sort(np.argpartition(keys, wanted)[:wanted])
             keys, positions = keys[smallest], positions[smallest]
-        masked, target = np.zeros(M, np.int64), np.full(M, IGNORED, np.int64)
-        masked[: len(positions)] = positions
+        target = np.full(M, IGNORED, np.int64)
         target[: len(positions)] = ids[positions]
+        others = np.delete(np.arange(len(ids)), positions)[: M - len(positions)]
+        masked = np.concatenate([positions, others])
         pack.replace_masked(ids, positions, keys, MASK, FIRST_WORD, self.word_count, self.masking == "all_mask")
         return masked, target
 

@@ -87,6 +87,22 @@ class TokenLookup(torch.autograd.Function):
         return None, grad_VD.to(ctx.dtype)
 
 
+class SelectRows(torch.autograd.Function):
+    """x[index] for distinct rows, so that the gradient is a copy: torch's index_select adds, slowly on a CPU and in
+    no fixed order on a GPU."""
+
+    @staticmethod
+    def forward(ctx, x_ND, index_M):
+        ctx.save_for_backward(index_M)
+        ctx.rows = x_ND.shape[0]
+        return x_ND.index_select(0, index_M)
+
+    @staticmethod
+    def backward(ctx, grad_MD):
+        (index_M,) = ctx.saved_tensors
+        return grad_MD.new_zeros(ctx.rows, grad_MD.shape[1]).index_copy_(0, index_M, grad_MD), None
+
+
 class Encoder(nn.Module):
     """Bidirectional encoder over packed sequences, with the tied masked-language-model decoder.
 
@@ -151,7 +167,7 @@ class Encoder(nn.Module):
     def masked_hidden(self, batch) -> Tensor:
         """(M, D) hidden states after the final norm, at the masked positions alone: the rest is never predicted."""
         delta_ND, stream_ND = self.body(batch.ids_N, batch.cu_seqlens, batch.max_seqlen)
-        delta_MD, stream_MD = (x_ND.index_select(0, batch.masked_index_M) for x_ND in (delta_ND, stream_ND))
+        delta_MD, stream_MD = (SelectRows.apply(x_ND, batch.masked_index_M) for x_ND in (delta_ND, stream_ND))
         return self.norm(self.final_norm, delta_MD, stream_MD)[0]
 
     def transform(self, hidden_MD: Tensor) -> Tensor:

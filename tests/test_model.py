@@ -187,6 +187,11 @@ def test_masked_token_gradient_is_summed_in_float32():
     assert weight_VD.grad[5].tolist() == [0, 0]
 
 
+def test_selected_rows_get_their_gradient():
+    x_ND, index_M = torch.randn(6, 3, dtype=torch.float64, requires_grad=True), torch.tensor([4, 0, 5])
+    assert torch.autograd.gradcheck(lambda x: model_module.SelectRows.apply(x, index_M), x_ND)
+
+
 def test_positions_restart_in_each_sequence():
     ids_N, cu_seqlens = packed(64)
     expected = [p for length in LENGTHS for p in range(length)]
