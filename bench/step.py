@@ -70,11 +70,13 @@ class Cramfast:
     def __init__(self, options: Options, prepared: Path):
         import torch
 
+        from cramfast.allocator import keep_freed_memory
         from cramfast.config import ModelConfig
         from cramfast.loader import BatchSource
         from cramfast.model import Encoder
         from cramfast.optim import AdamW, FlatParameters
 
+        keep_freed_memory()  # as cramfast.train does
         tokens = round(Sequences(prepared, options.sequence_len).mean * BATCH_SEQUENCES / 64) * 64
         self.source = BatchSource(
             prepared, split="train", sequence_len=options.sequence_len, batch_tokens=tokens, seed=0
