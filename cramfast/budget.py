@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cramfast.errors import UserError
@@ -17,7 +17,7 @@ class Progress:
     """What a run has done by the end of a step; saved with every checkpoint.
 
     `seconds` counts training alone: no compilation, evaluation, checkpoint or pause between two sessions.
-    `epoch` and `index` are the data position: the next microbatch.
+    `epoch` and `index` are the data position: the next microbatch of `microbatch_tokens`.
     """
 
     step: int = 0
@@ -31,6 +31,17 @@ class Progress:
     loss_scale: float = 1.0
     steady_steps: int = 0
     """Updates since the loss scale last changed."""
+    microbatch_tokens: int = 0
+    """Size of the microbatches; 0 in a run that has made no step, and in records of before it was kept."""
+
+
+def resized(progress: Progress, tokens: int) -> Progress:
+    """The same progress, its place in the data counted in microbatches of another size.
+
+    An epoch is packed anew for each size, so a few sequences at the seam may be seen twice or not at all.
+    """
+    before = progress.microbatch_tokens or tokens
+    return replace(progress, index=progress.index * before // tokens, microbatch_tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Budget:
 
     unit: str
     amount: float
+    microbatch_tokens = 0  # whatever fits
 
     def fraction(self, progress: Progress) -> float:
         """Share spent, 1 or more when nothing is left."""
@@ -52,10 +64,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Replay:
-    """The budget of a recorded run: fractions and batch sizes are read, not measured, so that it repeats exactly."""
+    """The budget of a recorded run: fractions and batch sizes are read, not measured, so that it repeats exactly.
+
+    `microbatch_tokens` is the size that the run used, 0 where its record does not say.
+    """
 
     fractions: tuple[float, ...]
     counts: tuple[int, ...]
+    microbatch_tokens: int = 0
 
     def fraction(self, progress: Progress) -> float:
         """Share that the recorded run had spent before this step; 1 after its last."""
@@ -101,15 +117,25 @@ def read_replay(metrics: Path) -> Replay:
     """Fractions and microbatch counts of every step in a run's metrics.jsonl.
 
     Raises:
-        UserError: no such file, or steps missing from it.
+        UserError: no such file, steps missing from it, or microbatches that changed their size.
     """
     try:
         lines = metrics.read_text(encoding="utf-8").splitlines()
     except OSError:
         raise UserError(f"{metrics}: not found — --replay takes the folder of a finished run") from None
-    rows = [row for row in _readable(lines) if "microbatches" in row]
+    size, sizes, rows = 0, set(), []
+    for row in _readable(lines):
+        size = row["run"].get("microbatch_tokens", 0) if "run" in row else size
+        if "microbatches" in row:
+            rows.append(row)
+            sizes.add(size)
     if not rows:
         raise UserError(f"{metrics}: no step is recorded there — --replay takes the folder of a finished run")
     if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
         raise UserError(f"{metrics}: steps are missing — the record of this run is damaged and cannot be replayed")
-    return Replay(tuple(row["fraction"] for row in rows), tuple(row["microbatches"] for row in rows))
+    if len(sizes) > 1:
+        raise UserError(
+            f"{metrics}: memory ran out in that run and its microbatches became smaller on the way, which a replay "
+            f"cannot repeat — train anew with --microbatch-tokens {min(sizes)}"
+        )
+    return Replay(tuple(row["fraction"] for row in rows), tuple(row["microbatches"] for row in rows), sizes.pop())

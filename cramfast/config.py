@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from cramfast.errors import UserError
 
 # Keys that may change when a run is resumed: they move no weight of a step, only how many steps there are or who looks.
-HARMLESS_KEYS = ("budget", "eval_interval", "checkpoint_interval", "threads")
+HARMLESS_KEYS = ("budget", "eval_interval", "checkpoint_interval", "threads", "graph", "profile_steps", "nvtx")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class TrainConfig:
     budget: str = "24h"
     """24h, 90m, 300s, 2e9tokens, 1e15flops or 500steps; may be raised on resume."""
     microbatch_tokens: int = 16384
-    """Tokens of one forward and backward pass."""
+    """Tokens of one forward and backward pass at most; halved until a GPU's memory holds them."""
     batch_tokens: int = 524288
     """Tokens of one update after the ramp."""
     ramp_fraction: float = 0.6
@@ -108,6 +109,12 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Storage of matrices and activations; norms, master weights and the optimizer stay float32."""
+    half_accumulation: bool = False
+    """float16 only: let matmuls of the forward pass and of the input gradients add up in half precision, which GeForce
+    cards do at twice the rate; never the weight gradients, whose sums run over all tokens."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Capture a microbatch's forward and backward pass once in a CUDA graph and replay it; auto: on a GPU, if the
+    kernels allow it."""
     seed: int = 0
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
@@ -117,6 +124,11 @@ class TrainConfig:
     """Size of the fixed held-out set, in tokens."""
     checkpoint_interval: float = 600.0
     """Seconds of training between checkpoints; saving costs no budget."""
+    profile_steps: str = ""
+    """A:B profiles steps A to B - 1: a torch.profiler trace in the run folder, and the bracket that nsys and ncu wait
+    for (docs/profiling.md)."""
+    nvtx: Literal["off", "phases", "layers"] = "off"
+    """Named ranges for nsys and ncu around data, forward, backward and optimizer, or around every layer too."""
 
     def __post_init__(self):
         for key in ("mask_fraction", "mask_fraction_end"):
@@ -144,8 +156,25 @@ class TrainConfig:
             require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)}", "use 0 up to, not including, 1")
         for key in ("threads", "weight_decay", "max_norm", "adam_eps"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}", "use 0 or more")
+        require(
+            not self.half_accumulation or self.dtype in ("auto", "float16"),
+            f"half_accumulation with dtype={self.dtype}",
+            "use --dtype float16, or leave it out",
+        )
+        require(
+            self.profile_steps == "" or profiled_steps(self.profile_steps) is not None,
+            f"profile_steps={self.profile_steps!r}",
+            "use A:B with 1 <= A < B, such as 10:13",
+        )
         for key in ("eval_interval", "checkpoint_interval", "heldout_tokens"):
             require(getattr(self, key) > 0, f"{key}={getattr(self, key)}", "use a value above 0")
+
+
+def profiled_steps(text: str) -> range | None:
+    """The steps that A:B means, or None when it means none."""
+    match = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", text)
+    steps = range(int(match[1]), int(match[2])) if match else range(0)
+    return steps or None
 
 
 def require(condition: bool, what: str, remedy: str) -> None:

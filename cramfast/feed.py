@@ -10,9 +10,72 @@ from torch import Tensor
 from cramfast.config import ModelConfig, TrainConfig
 from cramfast.loader import Batch, BatchSource, Prefetcher
 from cramfast.model import Encoder, flops_per_token
+from cramfast.ranges import Range
 
 HELDOUT_MASK_FRACTION = 0.15  # BERT's, whatever the recipe trains with, so that held-out losses compare between recipes
 LOGIT_ROWS = 1024  # rows scored at once in an evaluation; bounds its memory
+
+
+class Slot:
+    """Room for one batch, page-locked on the host and again on the device.
+
+    Attributes:
+        host, on_device: the batch's tensors by name.
+        copied: the device has its copy, the host's may be written again.
+        computed: what was enqueued on the device's copy is done, it may be written again.
+    """
+
+    def __init__(self, backend):
+        self.host: dict[str, Tensor] = {}
+        self.on_device: dict[str, Tensor] = {}
+        self.copied, self.computed = backend.Event(), backend.Event()
+
+    def fits(self, tensors: dict[str, Tensor]) -> bool:
+        return {k: v.shape for k, v in self.host.items()} == {k: v.shape for k, v in tensors.items()}
+
+
+class Upload:
+    """Batches to a GPU through page-locked memory, on a stream of their own: a copy runs beside the computation on the
+    batch before.
+
+    Two slots take turns. A batch given out is valid until the next but one is asked for, and asking for the fifth waits
+    until the first is computed: so far can the host run ahead of the device.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.backend = device, torch.get_device_module(device)
+        self.stream = self.backend.Stream()
+        self.slots = [Slot(self.backend), Slot(self.backend)]
+        self.given_out: Slot | None = None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with its tensors on the device; the host waits for no copy of it."""
+        tensors = tensors_of(batch)
+        compute = self.backend.current_stream()
+        if self.given_out is not None:
+            self.given_out.computed.record(compute)  # all work on that batch has been enqueued by now
+        slot = self.given_out = self.slots[0]
+        self.slots.reverse()
+        slot.copied.synchronize()
+        if not slot.fits(tensors):
+            self.allocate(slot, tensors)
+        for name, tensor in tensors.items():
+            slot.host[name].copy_(tensor)
+        self.stream.wait_event(slot.computed)
+        with self.backend.stream(self.stream):
+            for name in tensors:
+                slot.on_device[name].copy_(slot.host[name], non_blocking=True)
+            slot.copied.record(self.stream)
+        compute.wait_event(slot.copied)
+        return replace(batch, **slot.on_device)
+
+    def allocate(self, slot: Slot, tensors: dict[str, Tensor]) -> None:
+        """Room for other shapes: at the start, and when the share of masked tokens moves on."""
+        locked = self.device.type == "cuda"
+        slot.host = {k: torch.empty(v.shape, dtype=v.dtype, pin_memory=locked) for k, v in tensors.items()}
+        slot.on_device = {k: torch.empty(v.shape, dtype=v.dtype, device=self.device) for k, v in tensors.items()}
+        # The memory may have been something else's until now, in work that is still running.
+        self.stream.wait_stream(self.backend.current_stream())
 
 
 class Feed:
@@ -23,7 +86,8 @@ class Feed:
     """
 
     def __init__(self, source: BatchSource, model: ModelConfig, device: torch.device, position: tuple[int, int]):
-        self.source, self.model, self.device, self.position = source, model, device, position
+        self.source, self.model, self.position = source, model, position
+        self.upload = None if device.type == "cpu" else Upload(device)
         self.ahead: Prefetcher | None = None
         self.masked = None
 
@@ -34,6 +98,7 @@ class Feed:
         if self.ahead is not None:
             self.ahead.close()
 
+    @Range("data")
     def next(self, masked: float) -> tuple[Batch, float]:
         """The next microbatch, with this share of its tokens masked, and the FLOPs of training on it.
 
@@ -44,28 +109,31 @@ class Feed:
             self.ahead, self.masked = Prefetcher(self.source, masked, position=self.position), masked
         batch = next(self.ahead)
         self.position = self.ahead.position
-        return to_device(batch, self.device), batch_flops(self.model, batch)
+        flops = batch_flops(self.model, batch)
+        return batch if self.upload is None else self.upload(batch), flops
 
 
-def training_source(config: TrainConfig, prepared: Path) -> BatchSource:
-    """The training split, packed and masked as the recipe says."""
+def training_source(config: TrainConfig, prepared: Path, microbatch_tokens: int) -> BatchSource:
+    """The training split, packed into microbatches of this size and masked as the recipe says."""
     return BatchSource(
         prepared,
         "train",
         sequence_len=config.sequence_len,
-        batch_tokens=config.microbatch_tokens,
+        batch_tokens=microbatch_tokens,
         seed=config.seed,
         masking=config.masking,
     )
 
 
+def tensors_of(batch: Batch) -> dict[str, Tensor]:
+    """The fields of a batch that are tensors, by name."""
+    values = ((f.name, getattr(batch, f.name)) for f in fields(batch))
+    return {name: value for name, value in values if isinstance(value, Tensor)}
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`; the copy overlaps with what runs there."""
-    if device.type == "cpu":
-        return batch
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)}
-    return replace(batch, **moved)
+    """The batch with its tensors on `device`."""
+    return replace(batch, **{name: tensor.to(device) for name, tensor in tensors_of(batch).items()})
 
 
 def batch_flops(model: ModelConfig, batch: Batch) -> float:
@@ -76,7 +144,8 @@ def batch_flops(model: ModelConfig, batch: Batch) -> float:
 
 
 def heldout_batches(config: TrainConfig, prepared: Path, device: torch.device) -> list[Batch]:
-    """The same held-out tokens under the same masks, whenever and by whomever they are asked for."""
+    """The same held-out tokens under the same masks, whenever and by whomever they are asked for, whatever size of
+    microbatch the training takes."""
     source = BatchSource(
         prepared,
         "heldout",

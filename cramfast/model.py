@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cramfast import kernels
 from cramfast.config import ModelConfig
+from cramfast.kernels.linear import linear
 
 
 class Norm(nn.Module):
@@ -174,7 +175,7 @@ class Encoder(nn.Module):
         """The prediction head before the decoder, if there is one."""
         if self.head is None:
             return hidden_MD
-        return self.norm(self.head.norm, F.gelu(F.linear(hidden_MD, self.head.dense.weight)))[0]
+        return self.norm(self.head.norm, F.gelu(linear(hidden_MD, self.head.dense.weight)))[0]
 
     def body(self, ids_N: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
         """(delta_ND, stream_ND) after the last layer; their sum is what the final norm sees."""
@@ -186,30 +187,37 @@ class Encoder(nn.Module):
         stream_ND = self.norm(self.embeddings.norm, x_ND)[0]
         delta_ND = None
         for layer in self.layers:
-            if layer.attn_norm is None:
-                y_ND = stream_ND
-            elif delta_ND is None:
-                y_ND = self.norm(layer.attn_norm, stream_ND)[0]
-            else:
-                y_ND, stream_ND = self.norm(layer.attn_norm, delta_ND, stream_ND)
-            delta_ND = self.attend(layer, y_ND, cu_seqlens, max_seqlen)
-            norm, gate = layer.mlp_norm, config.activation
-            h_NF, stream_ND = kernels.layernorm_glu(
-                delta_ND, norm.weight, norm.bias, layer.mlp.Wi.weight, gate, stream_ND, config.norm_eps
-            )
-            delta_ND = F.linear(h_NF, layer.mlp.Wo.weight)
+            delta_ND, stream_ND = self.block(layer, delta_ND, stream_ND, cu_seqlens, max_seqlen)
         return delta_ND, stream_ND
+
+    def block(
+        self, layer: Layer, delta_ND: Tensor | None, stream_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> tuple[Tensor, Tensor]:
+        """One layer: its own delta_ND, and the stream with the deltas before that added; none before layer 0."""
+        config = self.config
+        if layer.attn_norm is None:
+            y_ND = stream_ND
+        elif delta_ND is None:
+            y_ND = self.norm(layer.attn_norm, stream_ND)[0]
+        else:
+            y_ND, stream_ND = self.norm(layer.attn_norm, delta_ND, stream_ND)
+        delta_ND = self.attend(layer, y_ND, cu_seqlens, max_seqlen)
+        norm, gate = layer.mlp_norm, config.activation
+        h_NF, stream_ND = kernels.layernorm_glu(
+            delta_ND, norm.weight, norm.bias, layer.mlp.Wi.weight, gate, stream_ND, config.norm_eps
+        )
+        return linear(h_NF, layer.mlp.Wo.weight), stream_ND
 
     def attend(self, layer: Layer, y_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         config = self.config
-        qkv_N3HK = F.linear(y_ND, layer.attn.Wqkv.weight).view(-1, 3, config.heads, config.width // config.heads)
+        qkv_N3HK = linear(y_ND, layer.attn.Wqkv.weight).view(-1, 3, config.heads, config.width // config.heads)
         rotary = None
         if config.positions == "rotary":
             cos, sin = (self.global_cos, self.global_sin) if layer.is_global else (self.local_cos, self.local_sin)
             rotary = (cos[:max_seqlen], sin[:max_seqlen])
         window = None if layer.is_global else config.window // 2
         mixed_NHK = kernels.varlen_attention(qkv_N3HK, cu_seqlens, max_seqlen, rotary=rotary, window=window)
-        return F.linear(mixed_NHK.flatten(1), layer.attn.Wo.weight)
+        return linear(mixed_NHK.flatten(1), layer.attn.Wo.weight)
 
     def norm(self, norm: Norm, x_ND: Tensor, residual_ND: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return kernels.layernorm(x_ND, norm.weight, norm.bias, residual_ND, self.config.norm_eps)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from cramfast import kernels
+from cramfast.ranges import Range
 
+STEADY_STEPS = 2000  # updates after which float16's loss scale is doubled, as torch.amp does
 ALIGNMENT = 16  # entries; 64 bytes of float32 and 32 of bfloat16, so that no vector load straddles a segment's start
 
 
@@ -73,10 +75,41 @@ def gather_into(view: Tensor):
     return hook
 
 
+class LossScale:
+    """Factor on the loss that keeps small float16 gradients above zero; it changes on the device, read by no one.
+
+    In float16 a skipped update halves it and 2000 good ones in a row double it; in other dtypes it stays 1.
+    Source: Micikevicius et al., arXiv:1710.03740.
+
+    Attributes:
+        value: 0-d float32.
+    """
+
+    START = 65536.0
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dynamic = dtype == torch.float16
+        self.value = torch.full((), self.START if self.dynamic else 1.0, device=device)
+        self.steady_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def set(self, value: float, steady_steps: int) -> None:
+        """Go on from a checkpoint."""
+        self.value.fill_(value)
+        self.steady_steps.fill_(steady_steps)
+
+    def update(self, skipped: Tensor) -> None:
+        """Follow an update; `skipped` is 0-d, 1.0 if it was left out."""
+        if self.dynamic:  # the operator behind torch.amp.GradScaler: one launch
+            torch._amp_update_scale_(self.value, self.steady_steps, skipped, 2.0, 0.5, STEADY_STEPS)
+
+
 class AdamW:
     """AdamW with global-norm clip, loss-scale removal and the half-precision copy; skips non-finite gradients.
 
     Source: Loshchilov and Hutter, arXiv:1711.05101.
+
+    Attributes:
+        loss_scale: what the loss is to be multiplied with before its backward pass.
     """
 
     def __init__(
@@ -89,24 +122,38 @@ class AdamW:
         self.segment_end = torch.tensor([flat.matrices_end, flat.master.numel()], device=device)
         self.segment_decay = torch.tensor([weight_decay, 0.0], device=device)
         self.scalars = torch.zeros(5, device=device)
+        self.loss_scale = LossScale(torch.float32 if flat.half is None else flat.half.dtype, device)
 
+    @Range("optimizer")
     @torch.no_grad()
-    def step(self, lr: float, loss_sum: Tensor, divisor: float) -> None:
-        """Update with the gathered gradients and clear them; no host sync.
+    def step(self, lr: float, loss_sum: Tensor, microbatches: float) -> None:
+        """Update with the gathered gradients and clear them; the host reads nothing.
 
         Args:
             lr: learning rate of this step.
             loss_sum: 0-d, summed loss of the microbatches; a non-finite one skips the update as a gradient would.
-            divisor: microbatches times loss scale; the gradient is divided by it before the clip.
+            microbatches: how many; the gradient is divided by this and by the loss scale before the clip.
         """
-        flat = self.flat
+        flat, scale = self.flat, self.loss_scale
         self.scalars[0] = lr
-        self.scalars[2] = 1.0 / divisor + 0.0 * loss_sum  # 0 * inf is nan, and a nan scale counts as non-finite
+        # 0 * inf is nan, and a nan scale counts as non-finite
+        self.scalars[2] = 1.0 / (scale.value * microbatches) + 0.0 * loss_sum
         kernels.adamw(
             flat.master, flat.grad, self.exp_avg, self.exp_avg_sq, flat.half,
             self.segment_end, self.segment_decay, self.scalars, **self.options,
         )  # fmt: skip
         flat.grad.zero_()
+        scale.update(self.scalars[4])
+
+    def reset(self) -> None:
+        """Forget every update; the weights stay."""
+        for tensor in (self.exp_avg, self.exp_avg_sq, self.scalars):
+            tensor.zero_()
+
+    @property
+    def verdict(self) -> Tensor:
+        """(2,) on the device: norm of the last step's gradient before the clip; 1 if that step was left out."""
+        return self.scalars[3:5]
 
     @property
     def grad_norm(self) -> float:

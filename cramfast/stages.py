@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from cramfast import checkpoint, demo, export, prepare, report
 from cramfast.config import TrainConfig
 from cramfast.kernels import dispatch
+from cramfast.microbatch import graph_choice
 from cramfast.progress import Stages
 from cramfast.record import read_record, span
 
@@ -20,6 +21,12 @@ def print_kernels(config: TrainConfig) -> None:
     for op in dispatch.OPERATORS:
         choice = dispatch.choose(op, config.device, getattr(torch, config.dtype))
         print(f"  {op:<14} {choice.implementation:<10} {choice.reason}", flush=True)
+
+
+def print_graph(config: TrainConfig) -> None:
+    """One line: whether microbatches are replayed from a CUDA graph, and why or why not."""
+    captured, reason = graph_choice(config)
+    print(f"  {'CUDA graph':<14} {'on' if captured else 'off':<10} {reason}", flush=True)
 
 
 def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:

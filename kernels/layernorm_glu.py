@@ -1,18 +1,18 @@
 """LayerNorm -> matmul -> gate as one autograd node that keeps no normalised rows."""
 
 import torch
-import torch.nn.functional as F
 
 from cramfast.kernels import dispatch, reference
 from cramfast.kernels.glu import glu_bwd, glu_fwd
 from cramfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
+from cramfast.kernels.linear import input_gradient, product
 
 
 class _LayerNormGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, norm_weight_D, norm_bias_D, weight_2FD, activation, residual_ND, eps):
         y_ND, stream_ND, mean_N, rstd_N = layernorm_fwd(x_ND, residual_ND, norm_weight_D, norm_bias_D, eps)
-        gates_N2F = F.linear(y_ND, weight_2FD)
+        gates_N2F = product(y_ND, weight_2FD)
         ctx.activation, ctx.eps = activation, eps
         ctx.has_residual = residual_ND is not None
         kept_ND = stream_ND if ctx.has_residual else x_ND
@@ -29,7 +29,7 @@ class _LayerNormGlu(torch.autograd.Function):
         # One pass over the stream is cheaper than holding N x D normalised values from forward to backward.
         y_ND = layernorm_fwd(stream_ND, None, norm_weight_D, norm_bias_D, ctx.eps)[0]
         dweight_2FD = dgates_N2F.t() @ y_ND
-        dy_ND = dgates_N2F @ weight_2FD
+        dy_ND = input_gradient(dgates_N2F, weight_2FD)
         dstream_ND = None if dstream_ND is None else dstream_ND.contiguous()
         dx_ND, dnorm_weight_D, dnorm_bias_D = layernorm_bwd(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, norm_weight_D)
         dresidual_ND = dx_ND if ctx.has_residual else None

@@ -1,0 +1,39 @@
+"""The largest microbatch that the memory holds, found by halving."""
+
+import gc
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from cramfast.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def halving(run: Callable[[int], Result], tokens: int, least: int) -> Result:
+    """run(tokens); when that runs out of memory, run with half of it, again and again.
+
+    Args:
+        run: starts from what is on disk, so that nothing of a failed attempt is needed.
+        tokens: size of the microbatches in the first attempt.
+        least: a smaller size makes no sense.
+
+    Raises:
+        UserError: the least size does not fit either.
+    """
+    while True:
+        try:
+            return run(tokens)
+        except torch.OutOfMemoryError:
+            pass  # first leave the handler: its traceback keeps every tensor of the failed attempt alive
+        if tokens // 2 < least:
+            raise UserError(
+                f"out of memory with microbatches of {tokens} tokens, and fewer than {least} cannot be — "
+                "free the GPU of other work, or use a smaller model or --sequence-len"
+            )
+        tokens //= 2
+        print(f"out of memory; going on with microbatches of {tokens} tokens", file=sys.stderr, flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,0 +1,125 @@
+"""One microbatch forward and backward: op by op, or captured once in a CUDA graph and replayed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from cramfast.config import TrainConfig
+from cramfast.errors import UserError
+from cramfast.feed import tensors_of
+from cramfast.kernels import dispatch
+from cramfast.ledger import Clock
+from cramfast.loader import Batch
+from cramfast.model import Encoder
+from cramfast.optim import AdamW
+from cramfast.ranges import Range
+
+Work = Callable[[], None]
+WARM_UPS = 2  # before a capture: compilers, autotuners and cuBLAS do their first work, which cannot be captured
+
+
+class Microbatch:
+    """Adds a batch's loss to `loss_sum` and its scaled gradient to the flat buffer (hooks in optim.py gather it).
+
+    Args:
+        model, optimizer: what is trained.
+        clock: stands still while a graph is captured.
+        capture: turns work on fixed buffers into its replay: capture_graph, or None to run op by op.
+
+    Attributes:
+        loss_sum: 0-d float32; whoever reads it sets it to zero for the next update.
+    """
+
+    def __init__(self, model: Encoder, optimizer: AdamW, clock: Clock, capture: Callable[[Work], Work] | None = None):
+        self.model, self.optimizer, self.clock, self.capture = model, optimizer, clock, capture
+        self.loss_sum = torch.zeros((), device=optimizer.flat.grad.device)
+        self.inputs: Batch | None = None  # the graph's own: a replay reads where the capture read
+        self.replay: Work | None = None
+
+    def run(self, batch: Batch) -> None:
+        """Enqueue one forward and backward pass; the host reads nothing.
+
+        Raises:
+            torch.OutOfMemoryError: the batch is too large.
+            UserError: the pass cannot be captured.
+        """
+        if self.capture is None:
+            self.forward_backward(batch)
+            return
+        if self.inputs is None or shapes(batch) != shapes(self.inputs):
+            with self.clock.stopped():
+                self.record(batch)
+        for name, tensor in tensors_of(batch).items():
+            getattr(self.inputs, name).copy_(tensor)
+        with Range("microbatch"):
+            self.replay()
+
+    def forward_backward(self, batch: Batch) -> None:
+        with Range("forward"):
+            loss = self.model.loss(batch)
+            self.loss_sum += loss.detach()
+        with Range("backward"):
+            loss.backward(self.optimizer.loss_scale.value)
+
+    def record(self, batch: Batch) -> None:
+        """Capture for these shapes. They change between two updates only, with the share of masked tokens, so the
+        gradient and the loss that the warm-up adds can be dropped."""
+        self.inputs = self.replay = None  # gives the old graph's memory back before the new one takes its own
+        self.inputs = replace(batch, **{name: tensor.clone() for name, tensor in tensors_of(batch).items()})
+        self.replay = self.capture(partial(self.forward_backward, self.inputs))
+        self.loss_sum.zero_()
+        self.optimizer.flat.grad.zero_()
+
+
+def shapes(batch: Batch) -> tuple:
+    """All that a capture takes from a batch besides the contents of its tensors."""
+    return batch.max_seqlen, *(tensor.shape for tensor in tensors_of(batch).values())
+
+
+def capture_graph(work: Work) -> Work:
+    """Run the work on a side stream to warm up, capture it, and return the graph's replay.
+
+    Raises:
+        torch.OutOfMemoryError: in the warm-up or in the capture.
+        UserError: some operation cannot be captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if isinstance(error.__context__, torch.OutOfMemoryError):  # ending the broken capture raised as well
+            raise error.__context__ from None
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the CUDA graph cannot be captured ({reason}) — use --graph off") from error
+    return graph.replay
+
+
+def graph_choice(config: TrainConfig) -> tuple[bool, str]:
+    """Whether microbatches are captured, and why or why not.
+
+    Raises:
+        UserError: graph=on where it cannot be.
+    """
+    if config.graph == "off":
+        return False, "switched off"
+    problem = ""
+    if config.device != "cuda":
+        problem = "only a GPU has them"
+    elif dispatch.choose("attention", config.device, getattr(torch, config.dtype)).implementation == "reference":
+        problem = "attention in plain PyTorch reads the sequences' lengths on the host"
+    elif config.nvtx == "layers":
+        problem = "a replay shows no ranges around layers"
+    if problem and config.graph == "on":
+        raise UserError(f"graph=on is not possible: {problem} — use --graph auto")
+    return not problem, problem or "static shapes: captured once, replayed for every microbatch"
