@@ -1,0 +1,50 @@
+"""The predictions in docs/profiling.md: what the command prints, and what can be worked out by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.roofline import CARDS, bound, markdown
+from cramfast.kernels.cases import CASES
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "profiling.md"
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_the_page_holds_what_the_command_prints():
+    assert markdown() in DOCS.read_text(encoding="utf-8"), "run python -m bench.roofline and paste its table"
+
+
+def test_every_operator_is_there():
+    rows = [cells(line) for line in markdown().splitlines()[2:]]
+    assert {row[0] for row in rows} == {case.op for case in CASES}
+    assert {row[6] for row in rows} == {"memory", "tensor cores"}
+
+
+def test_rows_by_hand():
+    rows = {tuple(cells(line)[:2]): cells(line)[2:] for line in markdown().splitlines()[2:]}
+    moved = 8 * 16384 * 768 * 2  # x, residual -> y, stream; dy, dstream, stream -> dx; two bytes each
+    assert rows["layernorm", "16,384 × 768"] == [
+        f"{moved / 1e6:.0f}", "0.3", "1.2", f"{moved / 616e3:.0f}", "memory", f"{moved / 768e3:.0f}", "memory",
+    ]  # fmt: skip
+    flops = 7 * 2 * 32 * 512**2 * 64 * 12  # two products forward, five backward
+    long = rows["attention", "32 sequences of 512, 12 heads"]
+    assert long[3:] == [f"{flops / 53.8e6:,.0f}", "tensor cores", f"{flops / 154.8e6:,.0f}", "tensor cores"]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_the_slower_of_the_two_bounds(card):
+    assert bound(card, "glu", card.bandwidth, 0.5 * card.plain_flops).by == "memory"
+    later = bound(card, "glu", card.bandwidth, 2 * card.plain_flops)
+    assert (later.seconds, later.by) == (2.0, "float32 units")
+    assert bound(card, "attention", card.bandwidth, 2 * card.tensor_flops).by == "tensor cores"
+
+
+def test_work_grows_with_the_tokens_but_not_the_update():
+    small, large = (
+        {tuple(cells(line)[:1]): cells(line) for line in markdown(tokens).splitlines()[2:]} for tokens in (16384, 65536)
+    )
+    assert small[("adamw",)] == large[("adamw",)] and small[("glu",)] != large[("glu",)]

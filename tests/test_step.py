@@ -1,0 +1,329 @@
+"""The step as a GPU would run it: figures read late, nothing read between log points, a microbatch replayed."""
+
+import contextlib
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+from fake_loader import FakeSource, rows, run, same_bits, small_config, weights
+from test_train import spoil
+
+from cramfast import checkpoint, feed, ledger, microbatch, optim, train
+from cramfast.budget import Budget, Progress, read_replay
+from cramfast.errors import UserError
+from cramfast.interrupt import Interrupt
+from cramfast.kernels import dispatch
+from cramfast.ledger import Clock, Ledger, Step
+from cramfast.microbatch import Microbatch, capture_graph, graph_choice
+from cramfast.model import Encoder
+from cramfast.optim import AdamW, FlatParameters, LossScale
+
+pytestmark = pytest.mark.usefixtures("fake_text")
+TIMES = ("seconds", "tokens_per_s", "mfu")
+
+
+def timeless(folder) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows(folder)]
+
+
+def lazily(monkeypatch, seconds: float = 1e9) -> None:
+    """Log points on the CPU as rare as on a GPU."""
+    monkeypatch.setitem(ledger.LOG_INTERVAL_S, "cpu", seconds)
+
+
+def random_batch(device: str = "cpu"):
+    return feed.to_device(
+        FakeSource(None, "train", sequence_len=16, batch_tokens=256, seed=0).batch(0, 0, 0.3), torch.device(device)
+    )
+
+
+def model_and_optimizer(dtype=torch.float32, device="cpu") -> tuple[Encoder, AdamW]:
+    torch.manual_seed(0)
+    model = Encoder(small_config().model).to(device)
+    options = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.01, "max_norm": 0.5}
+    return model, AdamW(FlatParameters(model, dtype), **options)
+
+
+# Figures read late
+
+
+def test_rows_and_weights_do_not_depend_on_when_figures_are_read(monkeypatch, tmp_path):
+    eager = run(tmp_path / "eager", "30steps")
+    reads, plain = [], Ledger.read
+    monkeypatch.setattr(Ledger, "read", lambda self: reads.append(len(self.steps)) or plain(self))
+    lazily(monkeypatch)
+    late = run(tmp_path / "late", "30steps")
+    assert reads == [30, 0], "one log point at the end of the budget, and nothing left for the end of the session"
+    assert timeless(late) == timeless(eager) and same_bits(weights(late), weights(eager))
+    seconds = [row["seconds"] for row in rows(late)]
+    assert seconds == sorted(seconds) and len({round(row["mfu"], 9) for row in rows(late)}) == 1
+
+
+def test_a_full_ledger_is_a_log_point(monkeypatch, tmp_path):
+    eager = run(tmp_path / "eager", "12steps")
+    lazily(monkeypatch)
+    monkeypatch.setattr(ledger, "CAPACITY", 5)
+    assert timeless(run(tmp_path / "late", "12steps")) == timeless(eager)
+
+
+def test_late_runs_evaluate_save_and_resume_exactly(monkeypatch, tmp_path):
+    lazily(monkeypatch, 0.02)
+    whole = run(tmp_path / "whole", "40steps")
+    often = {"eval_interval": 1e-9, "checkpoint_interval": 1e-9}
+    run(tmp_path / "parts", "40steps", **often)
+    assert same_bits(weights(whole), weights(tmp_path / "parts"))
+    assert len(rows(tmp_path / "parts", "heldout_loss")) > 2
+    assert timeless(tmp_path / "parts") == timeless(whole)
+
+
+def test_a_wall_clock_run_read_late_is_replayed_from_its_record(monkeypatch, tmp_path):
+    lazily(monkeypatch, 0.05)
+    first = run(tmp_path / "first", "0.4s")
+    fractions = [row["fraction"] for row in rows(first)]
+    assert fractions == sorted(fractions) and fractions[-1] < 1
+    assert rows(first)[-1]["seconds"] >= 0.4
+    again = run(tmp_path / "again", read_replay(first / "metrics.jsonl"))
+    assert same_bits(weights(first), weights(again))
+    assert [row["loss"] for row in rows(first)] == [row["loss"] for row in rows(again)]
+
+
+def test_skipped_steps_are_found_late_and_named(monkeypatch, tmp_path):
+    lazily(monkeypatch)
+    spoil(monkeypatch, lambda call: call in (3, 4))  # call 0 is the trial step
+    folder = run(tmp_path / "run", "8steps", batch_tokens=256)
+    assert [row["skipped"] for row in rows(folder)] == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert checkpoint.read_state(checkpoint.newest(folder))["progress"]["skipped"] == 2
+
+
+def test_twenty_in_a_row_between_two_log_points_end_the_run(monkeypatch, tmp_path):
+    lazily(monkeypatch)
+    spoil(monkeypatch, lambda call: 5 < call <= 25)  # steps 6 to 25; those after it are good again
+    with pytest.raises(UserError, match=r"step 25: .*20 times in a row"):
+        run(tmp_path / "run", "60steps", batch_tokens=256)
+    assert len(rows(tmp_path / "run")) == 25
+
+
+def test_a_signal_between_two_log_points_loses_no_step(monkeypatch, tmp_path):
+    whole = run(tmp_path / "whole", "9steps", batch_tokens=256)
+    lazily(monkeypatch)
+    handlers, enter, plain, calls = [], Interrupt.__enter__, Encoder.loss, iter(range(100))
+
+    def loss(self, batch):
+        if next(calls) == 6:
+            handlers[0].note(2, None)
+        return plain(self, batch)
+
+    monkeypatch.setattr(Interrupt, "__enter__", lambda self: handlers.append(self) or enter(self))
+    monkeypatch.setattr(Encoder, "loss", loss)
+    config, folder = small_config(batch_tokens=256), tmp_path / "stopped"
+    folder.mkdir()
+    assert not train.train(config, folder, folder, Budget("steps", 9))
+    assert checkpoint.newest(folder).name == "step-00000005" and len(rows(folder)) == 5
+    monkeypatch.setattr(Encoder, "loss", plain)
+    assert train.train(config, folder, folder, Budget("steps", 9))
+    assert same_bits(weights(whole), weights(folder)) and timeless(folder) == timeless(whole)
+
+
+def test_the_clock_shares_out_the_time_and_leaves_out_what_it_is_told(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(ledger.time, "perf_counter", lambda: now[0])
+    clock = Clock(torch.device("cpu"))
+    book = Ledger(clock)
+    for number, (flops, seconds) in enumerate(((1.0, 2.0), (3.0, 4.0))):
+        book.begin()
+        now[0] += seconds
+        if number == 0:
+            with clock.stopped():
+                now[0] += 50.0
+        book.add(Step((0, number), 10, flops, {}), torch.tensor(1.5), torch.tensor([0.25, number]))
+    ahead = book.ahead(Progress(step=7, tokens=5, seconds=1.0))
+    assert (ahead.step, ahead.tokens, ahead.seconds, ahead.flops, ahead.index) == (9, 25, 7.0, 4.0, 1)
+    first, second = (figures for _, figures in book.read())
+    assert first == (1.5, 0.25, False, 1.5) and second == (1.5, 0.25, True, 4.5)
+    now[0] += 1000.0  # rows are written, the model is evaluated: no step is being made
+    book.begin()
+    assert clock.elapsed() == 0.0 and book.ahead(Progress()).seconds == 0.0
+
+
+# Nothing read in between
+
+
+def enqueue_steps(steps: int, batch) -> None:
+    """What session() does between two log points, on tensors without values: reading one raises."""
+    model, optimizer = model_and_optimizer(torch.float16, "meta")
+    book = Ledger(Clock(torch.device("meta")))
+    passes = Microbatch(model, optimizer, book.clock, lambda work: work)
+    for _ in range(steps):
+        book.begin()
+        loss_sum = passes.loss_sum.zero_()
+        passes.run(batch)
+        passes.run(batch)
+        optimizer.step(1e-3, loss_sum, 2)
+        book.add(Step((0, 0), 256, 1.0, {}), loss_sum, optimizer.verdict)
+        assert book.ahead(Progress()).tokens > 0
+
+
+def test_a_step_reads_nothing_on_the_host(monkeypatch):
+    for op in dispatch.OPERATORS:
+        monkeypatch.setitem(dispatch._overrides, op, "cpp")
+    enqueue_steps(3, random_batch("meta"))
+    monkeypatch.setitem(dispatch._overrides, "attention", "reference")
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # the test can fail
+        enqueue_steps(1, random_batch("meta"))
+
+
+def test_the_loss_scale_moves_by_the_hosts_rule():
+    """optim.LossScale on the device, train.advance in the record: the same values after every step."""
+    scale, progress = LossScale(torch.float16, torch.device("cpu")), Progress(loss_scale=LossScale.START)
+    chance = random.Random(0)
+    for _ in range(3 * optim.STEADY_STEPS):
+        skipped = chance.random() < 0.0005
+        scale.update(torch.tensor(float(skipped)))
+        progress = train.advance(progress, (0, 0), 1, 1.0, 1.0, skipped, True)
+        assert (scale.value.item(), scale.steady_steps.item()) == (progress.loss_scale, progress.steady_steps)
+    assert progress.skipped > 0 and progress.steady_steps != 3 * optim.STEADY_STEPS
+
+
+def test_float16_gradients_are_unscaled_and_an_overflow_halves_the_scale():
+    model, optimizer = model_and_optimizer()
+    optimizer.loss_scale.dynamic = True  # as in float16, which the CPU has no kernels for
+    optimizer.loss_scale.set(1024.0, 0)
+    passes = Microbatch(model, optimizer, Clock(torch.device("cpu")))
+    passes.run(random_batch())
+    plain_model, plain = model_and_optimizer()
+    plain_passes = Microbatch(plain_model, plain, Clock(torch.device("cpu")))
+    plain_passes.run(random_batch())
+    torch.testing.assert_close(optimizer.flat.grad, 1024.0 * plain.flat.grad)
+    optimizer.step(1e-3, passes.loss_sum, 1)
+    plain.step(1e-3, plain_passes.loss_sum, 1)
+    torch.testing.assert_close(optimizer.flat.master, plain.flat.master)
+    passes.run(random_batch())
+    optimizer.flat.grad[3] = math.inf
+    before = optimizer.flat.master.clone()
+    optimizer.step(1e-3, passes.loss_sum.zero_(), 1)
+    assert optimizer.skipped and torch.equal(before, optimizer.flat.master)
+    assert optimizer.loss_scale.value.item() == 512.0
+
+
+# A microbatch captured and replayed
+
+
+def eager_capture(captures: list):
+    """Stands in for capture_graph: warms up, and replays by running the same work on the same buffers."""
+
+    def capture(work):
+        captures.append(work)
+        work()
+        work()
+        return work
+
+    return capture
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask_fraction_end": 0.15}], ids=["", "mask schedule"])
+def test_a_replayed_microbatch_trains_to_the_same_bits(monkeypatch, tmp_path, changes):
+    whole = run(tmp_path / "eager", "24steps", **changes)
+    captures = []
+    monkeypatch.setattr(train, "graph_choice", lambda config: (True, "rehearsed"))
+    monkeypatch.setattr(train, "capture_graph", eager_capture(captures))
+    replayed = run(tmp_path / "replayed", "24steps", **changes)
+    assert same_bits(weights(whole), weights(replayed)) and timeless(whole) == timeless(replayed)
+    assert len(captures) == (1 if not changes else len({round(0.3 - 0.15 * i / 24, 2) for i in range(24)}))
+
+
+def test_a_replay_reads_its_own_buffers():
+    model, optimizer = model_and_optimizer()
+    captures = []
+    passes = Microbatch(model, optimizer, Clock(torch.device("cpu")), eager_capture(captures))
+    source = FakeSource(None, "train", sequence_len=16, batch_tokens=256, seed=0)
+    first, second = (source.batch(0, index, 0.3) for index in range(2))
+    passes.run(first)
+    alone, address = passes.loss_sum.item(), passes.inputs.ids_N.data_ptr()
+    assert alone == pytest.approx(model.loss(first).item())
+    passes.run(second)
+    assert passes.loss_sum.item() == pytest.approx(alone + model.loss(second).item())
+    assert len(captures) == 1 and passes.inputs.ids_N.data_ptr() == address != second.ids_N.data_ptr()
+    passes.loss_sum.zero_()
+    passes.run(dataclasses.replace(second, max_seqlen=32))  # a number baked into the capture
+    assert len(captures) == 2
+
+
+class FakeCuda:
+    """torch.cuda as capture_graph uses it, with a diary."""
+
+    def __init__(self, ending: Exception | None = None):
+        self.diary, self.ending, self.current = [], ending, "main"
+
+    def Stream(self):
+        return self
+
+    def current_stream(self):
+        return self
+
+    def wait_stream(self, other):
+        self.diary.append("wait")
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.current = "side"
+        yield
+        self.current = "main"
+
+    def CUDAGraph(self):
+        return self
+
+    def replay(self):
+        self.diary.append("replay")
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.current = "capture"
+        try:
+            yield
+        finally:
+            self.current = "main"
+            if self.ending:
+                raise self.ending
+
+
+def test_a_capture_is_warmed_up_on_a_side_stream(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr(microbatch.torch, "cuda", cuda)
+    capture_graph(lambda: cuda.diary.append(cuda.current))()
+    assert cuda.diary == ["wait", "side", "side", "wait", "capture", "replay"]
+
+
+@pytest.mark.parametrize("ending", [None, RuntimeError("capture invalidated")])
+def test_memory_that_runs_out_in_a_capture_is_told_as_such(monkeypatch, ending):
+    cuda = FakeCuda(ending)
+    monkeypatch.setattr(microbatch.torch, "cuda", cuda)
+
+    def work():
+        if cuda.current == "capture":
+            raise torch.OutOfMemoryError("too large")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        capture_graph(work)
+
+
+def test_what_cannot_be_captured_is_an_error_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(microbatch.torch, "cuda", FakeCuda(RuntimeError("operation not permitted\nmore")))
+    with pytest.raises(UserError, match=r"\(operation not permitted\) — use --graph off"):
+        capture_graph(lambda: None)
+
+
+def test_graph_choice_says_why(monkeypatch):
+    assert graph_choice(small_config()) == (False, "only a GPU has them")
+    assert graph_choice(small_config(graph="off")) == (False, "switched off")
+    with pytest.raises(UserError, match="only a GPU"):
+        graph_choice(small_config(graph="on"))
+    on_gpu = small_config(device="cuda", dtype="float16")
+    captured, reason = graph_choice(on_gpu)
+    assert not captured and "attention" in reason
+    with pytest.raises(UserError, match=r"attention .* — use --graph auto"):
+        graph_choice(dataclasses.replace(on_gpu, graph="on"))
+    monkeypatch.setitem(dispatch._overrides, "attention", "cpp")
+    assert graph_choice(on_gpu)[0] and graph_choice(dataclasses.replace(on_gpu, graph="on"))[0]
+    assert graph_choice(dataclasses.replace(on_gpu, nvtx="layers")) == (False, "a replay shows no ranges around layers")
