@@ -34,6 +34,6 @@ def halving(run: Callable[[int], Result], tokens: int, least: int) -> Result:
                 "free the GPU of other work, or use a smaller model or --sequence-len"
             )
         tokens //= 2
-        print(f"out of memory; going on with microbatches of {tokens} tokens", file=sys.stderr, flush=True)
+        print(f"out of memory; going on from what is saved, in microbatches of {tokens} tokens", file=sys.stderr)
         gc.collect()
         torch.cuda.empty_cache()

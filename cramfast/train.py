@@ -144,12 +144,9 @@ def settle(
     ledger: Ledger, progress: Progress, log: MetricsLog, run: dict[str, Any], previous: Path | None
 ) -> tuple[Progress, dict[str, Any]]:
     """Wait for the device and write a row for each step since the last log point; progress, and the last row."""
-    row = {}
+    row, scaled = {}, run["dtype"] == "float16"
     for step, figures in ledger.read():
-        scaled = run["dtype"] == "float16"
-        progress = advance(
-            progress, step.position, step.tokens, step.flops, figures.seconds, figures.skipped, scaled
-        )  # fmt: skip
+        progress = advance(progress, step.position, step.tokens, step.flops, figures.seconds, figures.skipped, scaled)
         row = {
             "step": progress.step, "tokens": progress.tokens, "flops": progress.flops, "seconds": progress.seconds,
             **step.settings, "loss": figures.loss_sum / step.settings["microbatches"],

@@ -48,7 +48,7 @@ def test_halved_at_the_start_trains_as_if_asked_for_that_size(memory, tmp_path, 
     assert same_bits(weights(asked), weights(found))
     assert header(found) == [256]
     assert checkpoint.read_state(checkpoint.newest(found))["progress"]["microbatch_tokens"] == 256
-    assert "going on with microbatches of 256 tokens" in capsys.readouterr().err
+    assert "in microbatches of 256 tokens" in capsys.readouterr().err
 
 
 def test_an_update_keeps_its_tokens_also_in_the_ramp(memory, tmp_path):

@@ -198,6 +198,7 @@ def test_float16_gradients_are_unscaled_and_an_overflow_halves_the_scale():
     torch.testing.assert_close(optimizer.flat.grad, 1024.0 * plain.flat.grad)
     optimizer.step(1e-3, passes.loss_sum, 1)
     plain.step(1e-3, plain_passes.loss_sum, 1)
+    assert optimizer.grad_norm == pytest.approx(plain.grad_norm, rel=1e-6)  # the clip would hide a wrong scale
     torch.testing.assert_close(optimizer.flat.master, plain.flat.master)
     passes.run(random_batch())
     optimizer.flat.grad[3] = math.inf
