@@ -110,11 +110,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Storage of matrices and activations; norms, master weights and the optimizer stay float32."""
     half_accumulation: bool = False
-    """float16 only: let matmuls of the forward pass and of the input gradients add up in half precision, which GeForce
-    cards do at twice the rate; never the weight gradients, whose sums run over all tokens."""
+    """float16 only: matmuls of forward pass and input gradients add up in half precision, for GeForce cards."""
     graph: Literal["auto", "on", "off"] = "auto"
-    """Capture a microbatch's forward and backward pass once in a CUDA graph and replay it; auto: on a GPU, if the
-    kernels allow it."""
+    """Replay each microbatch from a CUDA graph; auto: on a GPU, where the kernels allow it."""
     seed: int = 0
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
@@ -125,10 +123,9 @@ class TrainConfig:
     checkpoint_interval: float = 600.0
     """Seconds of training between checkpoints; saving costs no budget."""
     profile_steps: str = ""
-    """A:B profiles steps A to B - 1: a torch.profiler trace in the run folder, and the bracket that nsys and ncu wait
-    for (docs/profiling.md)."""
+    """A:B profiles steps A to B - 1, by torch.profiler or for nsys and ncu (docs/profiling.md)."""
     nvtx: Literal["off", "phases", "layers"] = "off"
-    """Named ranges for nsys and ncu around data, forward, backward and optimizer, or around every layer too."""
+    """Ranges for nsys and ncu around data, forward, backward and optimizer; layers: around every layer too."""
 
     def __post_init__(self):
         for key in ("mask_fraction", "mask_fraction_end"):

@@ -9,7 +9,6 @@ from torch.profiler import ProfilerActivity
 
 from cramfast import ranges
 from cramfast.config import TrainConfig, profiled_steps
-from cramfast.errors import UserError
 from cramfast.metrics import synchronize
 from cramfast.model import Encoder
 from cramfast.ranges import Range
@@ -19,18 +18,12 @@ NVIDIA_TOOLS = ("NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_TRANSPORT_TYPE
 
 
 class Profile:
-    """Profiles the steps that config.profile_steps names, and marks ranges as config.nvtx says, in its context.
-
-    Raises:
-        UserError: NVTX ranges are asked for and this torch has none.
-    """
+    """Profiles the steps that config.profile_steps names, and marks ranges as config.nvtx says, in its context."""
 
     def __init__(self, config: TrainConfig, model: Encoder, run_dir: Path):
         self.steps = profiled_steps(config.profile_steps) or range(0)
         self.device, self.run_dir = torch.device(config.device), run_dir
         self.nvtx = [] if config.nvtx == "off" else [ranges.Nvtx()]
-        if self.nvtx and torch.version.cuda is None:
-            raise UserError(f"nvtx={config.nvtx}: this torch is built without CUDA — use --profile-steps alone")
         if config.nvtx == "layers":
             mark_layers(model)
         self.running = False

@@ -134,4 +134,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
     dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
     if dtype == "float16" and device == "cpu":
         raise UserError("dtype='float16' on a CPU has no kernels — use --dtype bfloat16 or float32")
+    if config.nvtx != "off" and torch.version.cuda is None:
+        raise UserError(f"nvtx={config.nvtx!r}: this torch is built without CUDA — use --profile-steps alone")
     return replace(config, device=device, dtype=dtype)

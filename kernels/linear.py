@@ -1,9 +1,9 @@
 """Matrix products of a linear layer, which a GPU may add up in half precision where that is harmless.
 
-GeForce cards multiply float16 at twice the rate when the sum is kept in float16 too. The forward pass and the input
-gradient sum over a layer's width (at most a few thousand terms), the weight gradient over all tokens of a microbatch:
-there, half precision would lose the small terms, so it is never allowed. Not for the decoder either, whose input
-gradient sums over the vocabulary.
+By their data sheets, GeForce cards multiply float16 at twice the rate when the sum is float16 too. The forward pass and
+the input gradient sum over a layer's width (at most a few thousand terms), the weight gradient over all tokens of a
+microbatch: there, half precision would lose the small terms, so it is never allowed. Nor is it for the decoder, whose
+input gradient sums over the vocabulary.
 """
 
 import contextlib

@@ -14,6 +14,7 @@ from cramfast.config import profiled_steps
 from cramfast.errors import UserError
 from cramfast.model import Encoder
 from cramfast.profiling import Profile
+from cramfast.recipes import resolve
 
 pytestmark = pytest.mark.usefixtures("fake_text")
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -96,11 +97,10 @@ def test_off_is_free(diary, monkeypatch, tmp_path):
     assert not diary
 
 
-def test_nvtx_needs_a_torch_that_has_it(tmp_path):
-    if torch.version.cuda is not None:
-        pytest.skip("this torch has NVTX")
+def test_nvtx_needs_a_torch_that_has_it(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError, match=r"built without CUDA — use --profile-steps"):
-        run(tmp_path / "run", "2steps", nvtx="phases")
+        resolve(small_config(nvtx="phases"))
 
 
 @pytest.mark.parametrize("text", ["10", "5:5", "7:3", "0:4", "a:b", "1:2:3", ":4", "-1:3"])
