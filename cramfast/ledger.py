@@ -74,6 +74,7 @@ class Ledger:
     def __init__(self, clock: Clock):
         self.clock = clock
         self.steps: list[Step] = []
+        self.seconds = 0.0  # from the first of them to the host's end of the last
         self.on_device = torch.zeros(CAPACITY, 3, device=clock.device)  # a row a step: loss sum, norm, skipped
 
     def begin(self) -> None:
@@ -93,6 +94,7 @@ class Ledger:
         row[0] = loss_sum
         row[1:] = verdict
         self.steps.append(step)
+        self.seconds = self.clock.elapsed()
 
     def ahead(self, progress: Progress) -> Progress:
         """Progress as if every step since the log point that `progress` describes were done and well."""
@@ -103,13 +105,13 @@ class Ledger:
             progress, step=progress.step + len(self.steps), epoch=epoch, index=index,
             tokens=progress.tokens + sum(step.tokens for step in self.steps),
             flops=progress.flops + sum(step.flops for step in self.steps),
-            seconds=progress.seconds + self.clock.elapsed(),
+            seconds=progress.seconds + self.seconds,
         )  # fmt: skip
 
     def due(self, budget: Budget | Replay, progress: Progress) -> bool:
         """Whether it is time for a log point: an interval has passed, the ledger is full or the budget is spent."""
         interval = LOG_INTERVAL_S[self.clock.device.type]
-        late = self.clock.elapsed() >= interval or len(self.steps) == CAPACITY
+        late = self.seconds >= interval or len(self.steps) == CAPACITY
         return late or budget.fraction(self.ahead(progress)) >= 1
 
     def read(self) -> list[tuple[Step, Figures]]:

@@ -92,7 +92,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
             progress, row = settle(ledger, progress, log, run, previous)
             spent = budget.fraction(progress)
             display.step(row, spent, progress.seconds * max(0.0, 1 / spent - 1))
-            if progress.seconds - evaluated >= config.eval_interval or spent >= 1:
+            if progress.seconds - evaluated >= config.eval_interval:
                 display.heldout = log.evaluation(progress, *evaluate(model, heldout))
                 evaluated = progress.seconds
             if progress.seconds - saved >= config.checkpoint_interval:
@@ -100,6 +100,8 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
                 previous = checkpoint.save(run_dir, optimizer, {"progress": asdict(progress), **fixed})
                 saved = progress.seconds
         progress, _ = settle(ledger, progress, log, run, previous)
+        if budget.fraction(progress) >= 1 and evaluated < progress.seconds:
+            log.evaluation(progress, *evaluate(model, heldout))
         log.sync()
         checkpoint.save(run_dir, optimizer, {"progress": asdict(progress), **fixed})
     return budget.fraction(progress) >= 1

@@ -89,6 +89,18 @@ def test_a_wall_clock_run_read_late_is_replayed_from_its_record(monkeypatch, tmp
     assert [row["loss"] for row in rows(first)] == [row["loss"] for row in rows(again)]
 
 
+@pytest.mark.parametrize("budget", ["0.2s", "0.201s", "0.202s", "0.203s", "0.204s"])
+def test_a_budget_that_ends_between_two_log_points_ends_with_one(monkeypatch, tmp_path, budget):
+    """However the clock falls: the last log point is inside the loop, which shows it, and an evaluation follows."""
+    ticks, reads, plain = iter(range(10**9)), [], Ledger.read
+    monkeypatch.setattr(ledger.time, "perf_counter", lambda: next(ticks) / 1000)
+    monkeypatch.setattr(Ledger, "read", lambda self: reads.append(len(self.steps)) or plain(self))
+    lazily(monkeypatch)
+    folder = run(tmp_path / "run", budget, batch_tokens=256)
+    assert reads == [len(rows(folder)), 0] and rows(folder)[-1]["seconds"] >= float(budget[:-1])
+    assert [row["step"] for row in rows(folder, "heldout_loss")] == [0, len(rows(folder))]
+
+
 def test_skipped_steps_are_found_late_and_named(monkeypatch, tmp_path):
     lazily(monkeypatch)
     spoil(monkeypatch, lambda call: call in (3, 4))  # call 0 is the trial step
