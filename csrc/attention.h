@@ -7,8 +7,9 @@
 //   dq_i = R(-p) sum_j dz_ij k'_j / sqrt(K),  dk_j = R(-p) sum_i dz_ij q'_i / sqrt(K)
 //
 // Nothing is padded: sequence s is rows [cu_seqlens[s], cu_seqlens[s + 1]); equal neighbours mean an empty one; rows
-// from cu_seqlens[S] on belong to no sequence and get zeros. No atomics: one task owns all gradients of its
-// (sequence, head). Source: Dao et al., arXiv:2205.14135 (recomputation from the log-sum-exp); Su et al., arXiv:2104.09864.
+// from cu_seqlens[S] on belong to no sequence and get zeros. No atomics: every gradient has one owner, which sums in a
+// fixed order. On a GPU max_seqlen chooses the form (attention_forms.h). Sources: Dao et al., arXiv:2205.14135
+// (recomputation from the log-sum-exp); Su et al., arXiv:2104.09864.
 #pragma once
 
 #include "device.h"
@@ -23,7 +24,8 @@ struct AttentionForward {
   void* out;                       // (tokens, heads, head_width)
   float* lse;                      // (heads, tokens)
   std::int64_t tokens, sequences, heads, head_width;
-  std::int64_t window;  // largest |i - j|, negative: no limit
+  std::int64_t max_seqlen;  // no sequence is longer
+  std::int64_t window;      // largest |i - j|, negative: no limit
   DType dtype;
 };
 
@@ -35,8 +37,10 @@ struct AttentionBackward {
   const std::int32_t* cu_seqlens;  // (sequences + 1,)
   const float* cos;
   const float* sin;
-  void* dqkv;  // (tokens, 3, heads, head_width)
+  float* delta;  // (heads, tokens) scratch of the tiled CUDA form
+  void* dqkv;    // (tokens, 3, heads, head_width)
   std::int64_t tokens, sequences, heads, head_width;
+  std::int64_t max_seqlen;
   std::int64_t window;
   DType dtype;
 };
