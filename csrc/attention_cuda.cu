@@ -10,21 +10,23 @@ namespace {
 template <class Args>
 void check(const Args& args) {
   if (args.dtype == DType::float32) throw std::invalid_argument("attention: the CUDA kernels take no float32");
-  if (args.max_seqlen > 0) {
+  if (args.max_seqlen > attention_short_max) {
     throw std::invalid_argument("attention: the CUDA kernels take sequences of up to " +
-                                std::to_string(0) + " tokens, not " +
+                                std::to_string(attention_short_max) + " tokens, not " +
                                 std::to_string(args.max_seqlen));
   }
 }
 
 }  // namespace
 
-void attention_fwd(Cuda, const AttentionForward& args) {
+void attention_fwd(Cuda device, const AttentionForward& args) {
   check(args);
+  attention_short_fwd(device, args);
 }
 
-void attention_bwd(Cuda, const AttentionBackward& args) {
+void attention_bwd(Cuda device, const AttentionBackward& args) {
   check(args);
+  attention_short_bwd(device, args);
 }
 
 }  // namespace cramfast

@@ -52,7 +52,13 @@ struct Matrix {
 
 // ---- rows of one head in global memory
 
-// The 16 rows (the last ones may be missing) that start at `position` of a sequence, `stride` values apart.
+// 16 rows of one head, from `position` of a sequence on.
+struct Place {
+  int head, first_token, length;  // first token and length of the sequence
+  int position;
+};
+
+// What lies there in one tensor, `stride` values from row to row.
 template <class T>
 struct Rows {
   T* data;
@@ -62,21 +68,22 @@ struct Rows {
 
 // Of q (0), k (1) or v (2), or of a gradient in the same layout.
 template <class T, class Args>
-DEVICE Rows<T> projection_rows(const Args& args, T* qkv, int which, int head, int first_token, int length,
-                               int position) {
-  const std::int64_t stride = 3 * args.heads * args.head_width;
-  return {qkv + (static_cast<std::int64_t>(first_token) + position) * stride +
-              (which * args.heads + head) * args.head_width,
-          stride, position, length - position};
+DEVICE Rows<T> projection_rows(const Args& args, T* qkv, int which, const Place& at) {
+  const std::int64_t stride = 3 * args.heads * args.head_width, token = std::int64_t{at.first_token} + at.position;
+  return {qkv + token * stride + (which * args.heads + at.head) * args.head_width, stride, at.position,
+          at.length - at.position};
 }
 
 // Of the output or its gradient.
 template <class T, class Args>
-DEVICE Rows<T> output_rows(const Args& args, T* out, int head, int first_token, int length, int position) {
-  const std::int64_t stride = args.heads * args.head_width;
-  return {out + (static_cast<std::int64_t>(first_token) + position) * stride + head * args.head_width, stride,
-          position, length - position};
+DEVICE Rows<T> output_rows(const Args& args, T* out, const Place& at) {
+  const std::int64_t stride = args.heads * args.head_width, token = std::int64_t{at.first_token} + at.position;
+  return {out + token * stride + at.head * args.head_width, stride, at.position, at.length - at.position};
 }
+
+// 1 / sqrt(width).
+template <int width>
+constexpr float score_scale = width == 32 ? 0.176776695f : width == 64 ? 0.125f : 0.0883883476f;
 
 // Keys [first, last) that the query at `row` attends.
 struct Span {
@@ -204,6 +211,16 @@ DEVICE void load_turned_tiles(const Matrix<T, width> (&to)[count], int to_row, c
 
 // ---- operands and accumulators in registers
 
+// Over the four lanes that hold a row of accumulators.
+DEVICE float quad_sum(float value) {
+  value += __shfl_xor_sync(whole_warp, value, 1);
+  return value + __shfl_xor_sync(whole_warp, value, 2);
+}
+DEVICE float quad_max(float value) {
+  value = fmaxf(value, __shfl_xor_sync(whole_warp, value, 1));
+  return fmaxf(value, __shfl_xor_sync(whole_warp, value, 2));
+}
+
 // Four registers of each of the lanes 4g .. 4g + 3, transposed as a 4 x 4 matrix: between eight values of a row in one
 // lane, which is an access of 16 bytes, and pairs spread over four lanes, which is what mma takes and gives.
 DEVICE void transpose_quad(std::uint32_t (&r)[4]) {
@@ -222,24 +239,45 @@ DEVICE void transpose_quad(std::uint32_t (&r)[4]) {
   }
 }
 
-// One warp reads 16 rows of `16 blocks` columns straight into operands a[block]; missing rows become zeros.
+// One warp reads 16 rows of `16 blocks` columns straight into registers; missing rows become zeros. They are operands
+// a[block] only after arrange_operands, so that other loads can start before these are waited for.
 template <class T, int blocks>
 DEVICE void load_operands(std::uint32_t (&a)[blocks][4], const Rows<const T>& from) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
+    const int row = lane_id() / 4 + 8 * i;
 #pragma unroll
     for (int c = 0; c < blocks; c += 2) {
       Chunk piece = {};
-      if (g + 8 * i < from.count) piece = load_chunk(from.data + (g + 8 * i) * from.stride + 16 * c + 8 * t);
-      transpose_quad(piece.value);
+      if (row < from.count) piece = load_chunk(from.data + row * from.stride + 16 * c + lane_id() % 4 * 8);
 #pragma unroll
       for (int m = 0; m < 4; ++m) a[c + m / 2][i + 2 * (m % 2)] = piece.value[m];
     }
   }
 }
 
-// Turns such operands by the positions of their rows.
+// The same from shared memory, arranged.
+template <class T, int width>
+DEVICE void read_operands(std::uint32_t (&a)[width / 16][4], const Matrix<T, width>& from, int row) {
+#pragma unroll
+  for (int c = 0; c < width / 16; ++c) from.a(a[c], row, 16 * c);
+}
+
+template <int blocks>
+DEVICE void arrange_operands(std::uint32_t (&a)[blocks][4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int c = 0; c < blocks; c += 2) {
+      std::uint32_t r[4] = {a[c][i], a[c][i + 2], a[c + 1][i], a[c + 1][i + 2]};
+      transpose_quad(r);
+#pragma unroll
+      for (int m = 0; m < 4; ++m) a[c + m / 2][i + 2 * (m % 2)] = r[m];
+    }
+  }
+}
+
+// Turns operands by the positions of their rows.
 template <class T, int blocks>
 DEVICE void turn_operands(std::uint32_t (&a)[blocks][4], const Rows<const T>& rows, const Rotary& rotary) {
   if (!rotary.cos) return;
@@ -254,6 +292,38 @@ DEVICE void turn_operands(std::uint32_t (&a)[blocks][4], const Rows<const T>& ro
       turn<T>(a[c][i], a[c + blocks / 2][i], make_float2(cos.value[0], cos.value[1]),
               make_float2(sin.value[0], sin.value[1]));
     }
+  }
+}
+
+// Accumulators of a 16 x 16 block, rounded to an operand of the next product.
+template <class T>
+DEVICE void round_to_operand(std::uint32_t (&a)[4], const float (&acc)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = pack2<T>(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
+}
+
+// acc (16 x 16) += a (16 x 16 blocks) times the transpose of 16 rows, from `column` on.
+template <class T, int width, int blocks>
+DEVICE void multiply_transposed(float (&acc)[2][4], const std::uint32_t (&a)[blocks][4], const Matrix<T, width>& matrix,
+                                int row, int column = 0) {
+#pragma unroll
+  for (int c = 0; c < blocks; ++c) {
+    std::uint32_t b[4];
+    matrix.b_transposed(b, row, column + 16 * c);
+    mma_m16n8k16<T>(acc[0], a[c], b);
+    mma_m16n8k16<T>(acc[1], a[c], b + 2);
+  }
+}
+
+// acc (16 x width) += a (16 x 16) times 16 rows.
+template <class T, int width>
+DEVICE void multiply(float (&acc)[width / 8][4], const std::uint32_t (&a)[4], const Matrix<T, width>& matrix, int row) {
+#pragma unroll
+  for (int c = 0; c < width / 16; ++c) {
+    std::uint32_t b[4];
+    matrix.b(b, row, 16 * c);
+    mma_m16n8k16<T>(acc[2 * c], a, b);
+    mma_m16n8k16<T>(acc[2 * c + 1], a, b + 2);
   }
 }
 
@@ -274,6 +344,16 @@ DEVICE void turn_back(float (&acc)[blocks][4], const Rows<T>& rows, const Rotary
         turn(acc[n][2 * i + j], acc[n + blocks / 2][2 * i + j], cos.value[j], -sin.value[j]);
       }
     }
+  }
+}
+
+// Accumulators of row g (0) or g + 8 (1) times a factor.
+template <int blocks>
+DEVICE void scale_row(float (&acc)[blocks][4], int half, float factor) {
+#pragma unroll
+  for (int n = 0; n < blocks; ++n) {
+    acc[n][2 * half] *= factor;
+    acc[n][2 * half + 1] *= factor;
   }
 }
 

@@ -153,7 +153,7 @@ void bind_cuda(py::module_& m) {
   py::class_<Cuda>(m, "Cuda", py::module_local())
       .def(py::init([](Address stream) { return Cuda{reinterpret_cast<void*>(stream)}; }), py::arg("stream"));
   bind_operators<Cuda>(m);
-  m.attr("cuda_operators") = py::make_tuple("layernorm", "glu", "layernorm_glu", "cross_entropy", "adamw");
+  m.attr("cuda_operators") = py::make_tuple("layernorm", "glu", "layernorm_glu", "attention", "cross_entropy", "adamw");
 }
 
 #ifdef CRAMFAST_EMULATED

@@ -147,6 +147,16 @@ DEVICE float exp2_approx(float x) {
 #endif
 }
 
+// Ends the launch with an error: for what the host could only check by waiting for the device.
+DEVICE void stop(const char* why) {
+#ifdef CRAMFAST_EMULATED
+  emulator::fault(why);
+#else
+  (void)why;
+  __trap();
+#endif
+}
+
 // Hides from the compiler that these registers hold what they held before, so that it computes again what it would
 // otherwise keep: for a row of packed halves, twice to four times the registers.
 template <class P>
