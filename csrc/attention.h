@@ -1,6 +1,6 @@
 // Variable-length attention in both directions, with rotary positions and an optional local window.
 //
-//   q' = R(p) q,  k' = R(p) k          rotary: pairs (j, j + K/2) turned by angle p theta_j; p counts from the sequence start
+//   q' = R(p) q,  k' = R(p) k          rotary: pairs (j, j + K/2) turned by p theta_j; p counts from the sequence start
 //   z_ij = q'_i k'_j / sqrt(K) for |i - j| <= window,  P = softmax_j(z),  o_i = sum_j P_ij v_j
 //   lse_i = log sum_j exp(z_ij), natural logarithm
 //   dv_j = sum_i P_ij do_i,  dz_ij = P_ij (do_i v_j - sum_k do_ik o_ik),

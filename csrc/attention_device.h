@@ -28,25 +28,33 @@ struct Matrix {
   static_assert(sizeof(T) == 2 && (width == 32 || width % 64 == 0));
   Shared<T> data;
 
-  // Where eight values from a column that is a multiple of 8 on are.
-  DEVICE Shared<T> chunk(int row, int column) const {
+  // Index of eight values, from a column that is a multiple of 8 on.
+  static DEVICE int chunk(int row, int column) {
     const int turn = width == 32 ? row >> 1 & 3 : row & 7;  // two rows of 64 bytes fill the banks once
-    return data + (row * width + ((column >> 3 ^ turn) << 3));
+    return row * width + ((column >> 3 ^ turn) << 3);
   }
 
-  // Operands from rows [row, row + 16), columns [column, column + 16): the block itself or its transpose.
-  DEVICE void a(std::uint32_t* r, int row, int column) const { ldmatrix<4>(r, down(row, column)); }
-  DEVICE void a_transposed(std::uint32_t* r, int row, int column) const { ldmatrix<4, true>(r, across(row, column)); }
-  DEVICE void b(std::uint32_t* r, int row, int column) const { ldmatrix<4, true>(r, down(row, column)); }
-  DEVICE void b_transposed(std::uint32_t* r, int row, int column) const { ldmatrix<4>(r, across(row, column)); }
-
- private:
-  // The chunk that this lane points ldmatrix to when the second of its four 8 x 8 blocks is the one below or beside.
-  DEVICE Shared<T> down(int row, int column) const {
+  // What this lane points ldmatrix to for the 16 x 16 values from (row, column) on, both multiples of 16: the second of
+  // their 8 x 8 blocks is the one below or the one beside. The address of another block is this one's moved: the
+  // permutation is an exclusive or, so 16 columns from 0 on are one instruction and 16 rows are none.
+  static DEVICE int down(int row, int column = 0) {
     return chunk(row + lane_id() % 16, column + lane_id() / 16 * 8);
   }
-  DEVICE Shared<T> across(int row, int column) const {
+  static DEVICE int across(int row, int column = 0) {
     return chunk(row + lane_id() % 8 + lane_id() / 16 * 8, column + lane_id() / 8 % 2 * 8);
+  }
+  DEVICE Shared<T> moved(int place, int rows, int columns) const { return data + ((place ^ columns) + rows * width); }
+
+  // Operands from such a place, moved by `rows` and `columns`: the values themselves (a, b) or their transpose.
+  DEVICE void a(std::uint32_t* r, int down, int rows, int columns) const { ldmatrix<4>(r, moved(down, rows, columns)); }
+  DEVICE void a_transposed(std::uint32_t* r, int across, int rows, int columns) const {
+    ldmatrix<4, true>(r, moved(across, rows, columns));
+  }
+  DEVICE void b(std::uint32_t* r, int down, int rows, int columns) const {
+    ldmatrix<4, true>(r, moved(down, rows, columns));
+  }
+  DEVICE void b_transposed(std::uint32_t* r, int across, int rows, int columns) const {
+    ldmatrix<4>(r, moved(across, rows, columns));
   }
 };
 
@@ -98,7 +106,7 @@ DEVICE Span attended(int row, int length, std::int64_t window) {
 // Zeroes rows [first, last) of (rows, width); width is a multiple of 8. The blocks of the grid share them out.
 template <class T>
 DEVICE void clear_rows(T* data, std::int64_t width, std::int64_t first, std::int64_t last) {
-  const std::int64_t block = blockIdx.x + gridDim.x * (blockIdx.y + static_cast<std::int64_t>(gridDim.y) * blockIdx.z);
+  const std::int64_t block = blockIdx.x + gridDim.x * std::int64_t{blockIdx.y + gridDim.y * blockIdx.z};
   const std::int64_t blocks = static_cast<std::int64_t>(gridDim.x) * gridDim.y * gridDim.z;
   for (std::int64_t row = first + block; row < last; row += blocks) {
     for (std::int64_t i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
@@ -160,7 +168,8 @@ DEVICE void load_tile(const Matrix<T, width>& to, int to_row, const Rows<const T
   for (int i = 0; i < tile_rows * chunks / 32; ++i) {
     const int row = (lane_id() + 32 * i) / chunks, column = lane_id() % chunks * 8;
     const bool valid = row < from.count;
-    cp_async16(to.chunk(to_row + row, column), valid ? from.data + row * from.stride + column : from.data, valid);
+    const T* at = valid ? from.data + row * from.stride + column : from.data;
+    cp_async16(to.data + to.chunk(to_row + row, column), at, valid);
   }
 }
 
@@ -203,8 +212,8 @@ DEVICE void load_turned_tiles(const Matrix<T, width> (&to)[count], int to_row, c
     }
 #pragma unroll
     for (int m = 0; m < count; ++m) {
-      shared_cast<Chunk>(to[m].chunk(to_row + r, column))[0] = low[i][m];
-      shared_cast<Chunk>(to[m].chunk(to_row + r, column + half))[0] = high[i][m];
+      shared_cast<Chunk>(to[m].data + to[m].chunk(to_row + r, column))[0] = low[i][m];
+      shared_cast<Chunk>(to[m].data + to[m].chunk(to_row + r, column + half))[0] = high[i][m];
     }
   }
 }
@@ -256,11 +265,11 @@ DEVICE void load_operands(std::uint32_t (&a)[blocks][4], const Rows<const T>& fr
   }
 }
 
-// The same from shared memory, arranged.
-template <class T, int width>
-DEVICE void read_operands(std::uint32_t (&a)[width / 16][4], const Matrix<T, width>& from, int row) {
+// Operands from shared memory: 16 rows of `16 blocks` columns, from `columns` on.
+template <class T, int width, int blocks>
+DEVICE void read_operands(std::uint32_t (&a)[blocks][4], const Matrix<T, width>& from, int down, int columns = 0) {
 #pragma unroll
-  for (int c = 0; c < width / 16; ++c) from.a(a[c], row, 16 * c);
+  for (int c = 0; c < blocks; ++c) from.a(a[c], down, 0, columns + 16 * c);
 }
 
 template <int blocks>
@@ -302,26 +311,27 @@ DEVICE void round_to_operand(std::uint32_t (&a)[4], const float (&acc)[2][4]) {
   for (int i = 0; i < 4; ++i) a[i] = pack2<T>(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
 }
 
-// acc (16 x 16) += a (16 x 16 blocks) times the transpose of 16 rows, from `column` on.
+// acc (16 x 16) += a (16 x 16 blocks) times the transpose of 16 rows, from `columns` on. across, rows: where they are.
 template <class T, int width, int blocks>
 DEVICE void multiply_transposed(float (&acc)[2][4], const std::uint32_t (&a)[blocks][4], const Matrix<T, width>& matrix,
-                                int row, int column = 0) {
+                                int across, int rows, int columns = 0) {
 #pragma unroll
   for (int c = 0; c < blocks; ++c) {
     std::uint32_t b[4];
-    matrix.b_transposed(b, row, column + 16 * c);
+    matrix.b_transposed(b, across, rows, columns + 16 * c);
     mma_m16n8k16<T>(acc[0], a[c], b);
     mma_m16n8k16<T>(acc[1], a[c], b + 2);
   }
 }
 
-// acc (16 x width) += a (16 x 16) times 16 rows.
+// acc (16 x width) += a (16 x 16) times 16 rows. down, rows: where they are.
 template <class T, int width>
-DEVICE void multiply(float (&acc)[width / 8][4], const std::uint32_t (&a)[4], const Matrix<T, width>& matrix, int row) {
+DEVICE void multiply(float (&acc)[width / 8][4], const std::uint32_t (&a)[4], const Matrix<T, width>& matrix, int down,
+                     int rows) {
 #pragma unroll
   for (int c = 0; c < width / 16; ++c) {
     std::uint32_t b[4];
-    matrix.b(b, row, 16 * c);
+    matrix.b(b, down, rows, 16 * c);
     mma_m16n8k16<T>(acc[2 * c], a, b);
     mma_m16n8k16<T>(acc[2 * c + 1], a, b + 2);
   }

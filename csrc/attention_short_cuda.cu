@@ -5,20 +5,21 @@
 #include "attention_device.h"
 #include "attention_forms.h"
 
-// A block of eight warps serves one sequence: one head of more than 64 tokens, or as many heads of a shorter sequence
-// as give each warp a tile of 16 rows, so that 16 tokens cost one warp and not eight. Sequences of every length share
-// one launch. Keys and values of a head are on chip as a whole: no online softmax, and the backward pass sees all of a
-// row of dP before it needs the row's mean, so that it reads no output and subtracts no rounded number.
+// A block of eight warps serves one sequence: one head of more than 64 tokens, two of more than 32, four of more than
+// 16, else eight, so that 16 tokens cost one warp and not eight. All lengths share one launch. Keys and values of a
+// head are on chip as a whole: no online softmax, and the backward pass sees all of a row of dP before it needs the
+// row's mean, so that it reads no output and subtracts no rounded number.
 //
-// The warp of a tile owns its rows as queries: scores never leave it. Backward it owns them as keys too, and P and dz
-// change hands through shared memory where k and v lay. Nothing is computed twice, nothing is added in two places.
+// The warp of a tile of 16 rows owns them as queries: scores never leave it. Backward it owns them as keys too, and P
+// and dz change hands through shared memory. Nothing is computed twice, nothing is added in two places.
 //
 //   forward    z = q k^T, P = softmax(z), out = P v                                q in registers; k, v shared
 //   backward   z = q k^T, P;  dP = dout v^T, dz = P (dP - sum P dP);  dq = dz k    q, dout, k, v shared
 //              dv = P^T dout                                                       P, dout shared
 //              dk = dz^T q                                                         dz, q shared
-// At head width 128 only two of the matrices fit (64 KiB on Turing): there q and dout come through registers first, and
-// into shared memory, from the L2 cache as a rule, when k and v have gone.
+// Where shared memory has no room for P beside the rest, P stays in registers until k and v have gone. At head width
+// 128 only k and v fit (64 KiB on Turing): there q and dout come through registers first, and into shared memory, from
+// the L2 cache as a rule, for the second half.
 
 namespace cramfast {
 namespace {
@@ -36,57 +37,61 @@ constexpr bool can_run = has_sm80 || !std::is_same_v<T, bf16>;
 // ---- whose rows a warp works on
 
 struct Tile : Place {
-  int head_row;  // row of the head's first token in the shared matrices
-  Span others;   // tiles of keys that its queries attend; of queries that attend its keys too: windows are symmetric
-
-  DEVICE int row() const { return head_row + position; }
+  int head_row;     // row of the head's first token in the shared matrices
+  unsigned others;  // bit t: its queries attend keys of tile t and, windows being symmetric, the other way round
 };
+
+DEVICE int own_row() { return warp_id() * tile_rows; }
 
 // Whether this warp has one. blocks_each: blocks for one sequence.
 template <class Args>
-DEVICE bool find_tile(const Args& args, int blocks_each, Tile& tile) {
+DEVICE bool find_tile(const Args& args, unsigned blocks_each, Tile& tile) {
   const std::int64_t sequence = blockIdx.x / blocks_each;
   if (sequence >= args.sequences) return false;
   tile.first_token = args.cu_seqlens[sequence];
   tile.length = args.cu_seqlens[sequence + 1] - tile.first_token;
   if (tile.length <= 0) return false;
   if (tile.length > block_rows) stop("attention: a sequence is longer than max_seqlen");
-  const int tiles = (tile.length + tile_rows - 1) / tile_rows, heads = warps / tiles, slot = warp_id() / tiles;
-  tile.head = static_cast<int>(blockIdx.x % blocks_each) * heads + slot;
-  if (slot >= heads || tile.head >= args.heads) return false;
-  tile.head_row = slot * tiles * tile_rows;
-  tile.position = warp_id() * tile_rows - tile.head_row;
+  const int bucket = tile.length > 64 ? 8 : tile.length > 32 ? 4 : tile.length > 16 ? 2 : 1;  // warps for a head
+  const int slot = warp_id() / bucket;
+  tile.head = static_cast<int>(blockIdx.x % blocks_each) * (warps / bucket) + slot;
+  tile.head_row = slot * bucket * tile_rows;
+  tile.position = own_row() - tile.head_row;
+  if (tile.head >= args.heads || tile.position >= tile.length) return false;
   const int end = tile.position + tile_rows < tile.length ? tile.position + tile_rows : tile.length;
-  tile.others.first = attended(tile.position, tile.length, args.window).first / tile_rows;
-  tile.others.last = (attended(end - 1, tile.length, args.window).last + tile_rows - 1) / tile_rows;
+  const int first = attended(tile.position, tile.length, args.window).first / tile_rows;
+  const int last = (attended(end - 1, tile.length, args.window).last - 1) / tile_rows;
+  tile.others = (2u << last) - (1u << first);
   return true;
 }
 
-// f(t, row of tile t in the shared matrices) for the others. Unrolled: arrays of registers want constant indices.
+// f(t) for the others. Unrolled: arrays of registers want constant indices.
 template <class F>
 DEVICE void each_other(const Tile& tile, const F& f) {
 #pragma unroll
   for (int t = 0; t < warps; ++t) {
-    if (t >= tile.others.first && t < tile.others.last) f(t, tile.head_row + t * tile_rows);
+    if (tile.others >> t & 1) f(t);
   }
 }
 
-// f(score, half, key) for the eight of this lane in tile t; half: of the lane's two rows, 0 is g and 1 is g + 8.
+// f(score, half, key) for the eight of this lane in tile t; half: of the lane's two rows, 0 is g and 1 is g + 8; key:
+// less the lane's first key.
 template <class F>
 DEVICE void each_score(float (&z)[2][4], int t, const F& f) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    f(z[i / 4][i % 4], i % 4 / 2, t * tile_rows + 8 * (i / 4) + lane_id() % 4 * 2 + i % 2);
-  }
+  for (int i = 0; i < 8; ++i) f(z[i / 4][i % 4], i % 4 / 2, t * tile_rows + 8 * (i / 4) + i % 2);
 }
 
-// The keys that the queries of this lane's two rows attend.
+// The keys that the queries of this lane's two rows attend, less the lane's first key.
 struct Keys {
   Span of[2];
 
   DEVICE Keys(const Tile& tile, std::int64_t window) {
-    of[0] = attended(tile.position + lane_id() / 4, tile.length, window);
-    of[1] = attended(tile.position + lane_id() / 4 + 8, tile.length, window);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Span all = attended(tile.position + lane_id() / 4 + 8 * half, tile.length, window);
+      of[half] = {all.first - lane_id() % 4 * 2, all.last - lane_id() % 4 * 2};
+    }
   }
   DEVICE bool attends(int half, int key) const { return key >= of[half].first && key < of[half].last; }
 };
@@ -96,7 +101,7 @@ struct Keys {
 // z -> exp2(scale z - largest) in place, 0 for keys that are not attended; largest (scaled) and sum of both rows.
 DEVICE void softmax(Scores& z, const Tile& tile, const Keys& keys, float scale, float (&largest)[2], float (&sum)[2]) {
   largest[0] = largest[1] = -INFINITY;
-  each_other(tile, [&](int t, int) {
+  each_other(tile, [&](int t) {
     each_score(z[t], t, [&](float& score, int half, int key) {
       if (!keys.attends(half, key)) score = -INFINITY;
       largest[half] = fmaxf(largest[half], score);
@@ -104,7 +109,7 @@ DEVICE void softmax(Scores& z, const Tile& tile, const Keys& keys, float scale, 
   });
   for (float& top : largest) top = quad_max(top) * scale;
   sum[0] = sum[1] = 0.0f;
-  each_other(tile, [&](int t, int) {
+  each_other(tile, [&](int t) {
     each_score(z[t], t, [&](float& score, int half, int) {
       score = exp2_approx(score * scale - largest[half]);
       sum[half] += score;
@@ -117,7 +122,8 @@ template <int width>
 constexpr int forward_bytes = 2 * block_rows * width * 2;
 
 template <class T, int width>
-__global__ void __launch_bounds__(threads, 2) attention_short_fwd_kernel(AttentionForward args, int blocks_each) {
+__global__ void __launch_bounds__(threads, width < 128 ? 2 : 1)
+    attention_short_fwd_kernel(AttentionForward args, unsigned blocks_each) {
   if constexpr (can_run<T>) {
     clear_tail<T>(args);
     Tile tile;
@@ -127,8 +133,8 @@ __global__ void __launch_bounds__(threads, 2) attention_short_fwd_kernel(Attenti
     const auto rows = [&](int which) { return projection_rows(args, static_cast<const T*>(args.qkv), which, tile); };
     std::uint32_t q[width / 16][4];
     load_operands(q, rows(0));
-    load_tile(v, tile.row(), rows(2));
-    load_turned_tiles<1>({k}, tile.row(), {rows(1)}, rotary);
+    load_tile(v, own_row(), rows(2));
+    load_turned_tiles<1>({k}, own_row(), {rows(1)}, rotary);
     cp_async_commit();
     arrange_operands(q);
     turn_operands(q, rows(0), rotary);
@@ -136,13 +142,14 @@ __global__ void __launch_bounds__(threads, 2) attention_short_fwd_kernel(Attenti
     __syncthreads();
 
     Scores z = {};
-    each_other(tile, [&](int t, int row) { multiply_transposed(z[t], q, k, row); });
+    const int across = k.across(tile.head_row), down = v.down(tile.head_row);
+    each_other(tile, [&](int t) { multiply_transposed(z[t], q, k, across, t * tile_rows); });
     float largest[2], sum[2], out[width / 8][4] = {};
     softmax(z, tile, Keys(tile, args.window), log2_e * score_scale<width>, largest, sum);
-    each_other(tile, [&](int t, int row) {
+    each_other(tile, [&](int t) {
       std::uint32_t p[4];
       round_to_operand<T>(p, z[t]);
-      multiply(out, p, v, row);
+      multiply(out, p, v, down, t * tile_rows);
     });
     for (int half = 0; half < 2; ++half) {
       const int row = tile.position + lane_id() / 4 + 8 * half;
@@ -160,47 +167,67 @@ __global__ void __launch_bounds__(threads, 2) attention_short_fwd_kernel(Attenti
 // ---- backward
 
 // Where matrices lie in shared memory, in values.
-template <int width>
+template <int width, bool sm80>
 struct Layout {
-  static constexpr bool all_fit = width < 128;  // q and dout beside k and v
-  static constexpr int matrix = block_rows * width, exchanged = block_rows * block_rows;
+  static constexpr bool all_fit = width < 128;             // q and dout beside k and v
+  static constexpr bool apart = width == 32 || (width == 64 && sm80);  // and P too
+  static constexpr int matrix = block_rows * width, square = block_rows * block_rows;
   static constexpr int q = 0, dout = all_fit ? matrix : 0, k = all_fit ? 2 * matrix : 0, v = k + matrix;
-  static constexpr int exchange = all_fit ? k : v;  // P, then dz
-  static constexpr int end = v + matrix > exchange + exchanged ? v + matrix : exchange + exchanged;
+  static constexpr int exchange = apart ? v + matrix : all_fit ? k : v;  // P, then dz
+  static constexpr int end = exchange + square > v + matrix ? exchange + square : v + matrix;
   static constexpr int bytes = end * 2;
-  static_assert(bytes <= 64 << 10, "a block of sm_75 has no more");
+  static_assert(bytes <= (sm80 ? 99 << 10 : 64 << 10), "a block of sm_86, of sm_75 has no more");
 };
 
-// P of the tile, from the log-sum-exp of the forward pass.
-template <class T, int width>
-DEVICE void probabilities(Operands& p, const std::uint32_t (&q)[width / 16][4], const Matrix<T, width>& k,
-                          const Tile& tile, const AttentionBackward& args) {
+// Rows of P or dz, (queries, keys), that warps hand to each other.
+template <class T>
+using Exchange = Matrix<T, block_rows>;
+
+// A lane's values of tile t of the own rows.
+template <class T>
+DEVICE Shared<std::uint32_t> own_values(const Exchange<T>& exchange, int t, int i) {
+  const int place = exchange.chunk(own_row() + lane_id() / 4 + 8 * (i % 2), t * tile_rows + 8 * (i / 2));
+  return shared_cast<std::uint32_t>(exchange.data + place + lane_id() % 4 * 2);
+}
+template <class T>
+DEVICE void put(const Exchange<T>& exchange, int t, const std::uint32_t (&values)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) own_values(exchange, t, i)[0] = values[i];
+}
+
+// P of the tile, from the log-sum-exp of the forward pass: f(t, operand).
+template <class T, int width, class F>
+DEVICE void probabilities(const std::uint32_t (&q)[width / 16][4], const Matrix<T, width>& k, const Tile& tile,
+                          const AttentionBackward& args, const F& f) {
   const Keys keys(tile, args.window);
+  const int across = k.across(tile.head_row);
   float lse[2];
   for (int half = 0; half < 2; ++half) {
     const int row = tile.position + lane_id() / 4 + 8 * half;
     lse[half] = row < tile.length ? log2_e * args.lse[tile.head * args.tokens + tile.first_token + row] : INFINITY;
   }
-  each_other(tile, [&](int t, int row) {
+  each_other(tile, [&](int t) {
     float z[2][4] = {};
-    multiply_transposed(z, q, k, row);
+    multiply_transposed(z, q, k, across, t * tile_rows);
     each_score(z, t, [&](float& score, int half, int key) {
       const float power = exp2_approx(score * (log2_e * score_scale<width>) - lse[half]);
       score = keys.attends(half, key) ? power : 0.0f;
     });
-    round_to_operand<T>(p[t], z);
+    std::uint32_t p[4];
+    round_to_operand<T>(p, z);
+    f(t, p);
   });
 }
 
-// dz = P (dP - mean), mean = sum P dP / sum P over the row. P is the rounded one that dv is made of, so that dz sums to
-// zero over a row whatever rounding did to P.
-template <class T>
-DEVICE void softmax_gradient(Operands& dz, const Operands& p, const Scores& dp, const Tile& tile) {
+// dz = P (dP - mean), mean = sum P dP / sum P over the row. P, from p(t, i), is the rounded one that dv is made of, so
+// that dz sums to zero over a row whatever rounding did to P.
+template <class T, class P>
+DEVICE void softmax_gradient(Operands& dz, const P& p, const Scores& dp, const Tile& tile) {
   float sum[2] = {}, mean[2] = {};
-  each_other(tile, [&](int t, int) {
+  each_other(tile, [&](int t) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<T>(p[t][i]);
+      const float2 pair = unpack2<T>(p(t, i));
       const float* slope = &dp[t][i / 2][i % 2 * 2];
       sum[i % 2] += pair.x + pair.y;
       mean[i % 2] += pair.x * slope[0] + pair.y * slope[1];
@@ -210,38 +237,14 @@ DEVICE void softmax_gradient(Operands& dz, const Operands& p, const Scores& dp, 
     const float total = quad_sum(sum[half]), weighted = quad_sum(mean[half]);
     mean[half] = total > 0.0f ? weighted / total : 0.0f;  // a missing row has no P
   }
-  each_other(tile, [&](int t, int) {
+  each_other(tile, [&](int t) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<T>(p[t][i]);
+      const float2 pair = unpack2<T>(p(t, i));
       const float* slope = &dp[t][i / 2][i % 2 * 2];
       dz[t][i] = pack2<T>(pair.x * (slope[0] - mean[i % 2]), pair.y * (slope[1] - mean[i % 2]));
     }
   });
-}
-
-// The tile's rows of P or dz, for the warps that own the keys.
-template <class T>
-DEVICE void put(const Matrix<T, block_rows>& exchange, const Operands& values, const Tile& tile) {
-  each_other(tile, [&](int t, int) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = tile.row() + lane_id() / 4 + 8 * (i % 2), column = t * tile_rows + 8 * (i / 2);
-      shared_cast<std::uint32_t>(exchange.chunk(row, column) + lane_id() % 4 * 2)[0] = values[t][i];
-    }
-  });
-}
-
-// acc += the tile's columns of P or dz, transposed, times the rows of all queries.
-template <class T, int width>
-DEVICE void sum_over_queries(float (&acc)[width / 8][4], const Matrix<T, block_rows>& exchange,
-                             const Matrix<T, width>& queries, const Tile& tile) {
-#pragma unroll 1
-  for (int t = tile.others.first; t < tile.others.last; ++t) {
-    std::uint32_t a[4];
-    exchange.a_transposed(a, tile.head_row + t * tile_rows, tile.position);
-    multiply(acc, a, queries, tile.head_row + t * tile_rows);
-  }
 }
 
 template <class T, int width>
@@ -254,80 +257,120 @@ DEVICE void store_gradient(const AttentionBackward& args, int which, const Tile&
   store_tile(rows, acc);
 }
 
-// Everything that needs k and v: P and dz of the tile, and its dq.
+// One tile's share of a head's gradients.
 template <class T, int width>
-DEVICE void query_half(const AttentionBackward& args, const Tile& tile, Shared<T> shared, Operands& p, Operands& dz) {
-  using At = Layout<width>;
-  const Matrix<T, width> k{shared + At::k}, v{shared + At::v};
-  const Rotary rotary{args.cos, args.sin};
-  const auto rows = [&](int which) { return projection_rows(args, static_cast<const T*>(args.qkv), which, tile); };
-  const auto dout_rows = output_rows(args, static_cast<const T*>(args.dout), tile);
-  std::uint32_t q[width / 16][4], dout[width / 16][4];
-  if constexpr (At::all_fit) {
-    load_tile(Matrix<T, width>{shared + At::dout}, tile.row(), dout_rows);
-    load_tile(v, tile.row(), rows(2));
-    load_turned_tiles<2>({Matrix<T, width>{shared + At::q}, k}, tile.row(), {rows(0), rows(1)}, rotary);
-  } else {
-    load_operands(q, rows(0));
-    load_operands(dout, dout_rows);
-    load_tile(v, tile.row(), rows(2));
-    load_turned_tiles<1>({k}, tile.row(), {rows(1)}, rotary);
-    arrange_operands(q);
-    arrange_operands(dout);
-    turn_operands(q, rows(0), rotary);
-  }
-  cp_async_commit();
-  cp_async_wait<0>();
-  __syncthreads();
-  if constexpr (At::all_fit) read_operands(q, Matrix<T, width>{shared + At::q}, tile.row());
-  probabilities(p, q, k, tile, args);
-  if constexpr (At::all_fit) read_operands(dout, Matrix<T, width>{shared + At::dout}, tile.row());
-  Scores dp = {};
-  each_other(tile, [&](int t, int row) { multiply_transposed(dp[t], dout, v, row); });
-  softmax_gradient<T>(dz, p, dp, tile);
-  float dq[width / 8][4] = {};
-  each_other(tile, [&](int t, int row) { multiply(dq, dz[t], k, row); });
-  store_gradient<T, width>(args, 0, tile, dq);
-}
+struct Backward {
+  using At = Layout<width, has_sm80>;
+  const AttentionBackward& args;
+  const Tile& tile;
+  const Shared<T> shared = dynamic_shared<T>();
+  const Matrix<T, width> q{shared + At::q}, dout{shared + At::dout}, k{shared + At::k}, v{shared + At::v};
+  const Exchange<T> exchange{shared + At::exchange};
+  Operands p, dz;  // p: only where it is not in shared memory from the start
 
-// dv (which = 2) from P or dk (which = 1) from dz, in the room of k and v.
-template <class T, int width>
-DEVICE void key_half(const AttentionBackward& args, int which, const Tile& tile, Shared<T> shared,
-                     const Operands& values) {
-  using At = Layout<width>;
-  const Matrix<T, block_rows> exchange{shared + At::exchange};
-  const Matrix<T, width> queries{shared + (which == 2 ? At::dout : At::q)};
-  __syncthreads();  // nobody reads any longer what lies there
-  if constexpr (!At::all_fit) {
-    if (which == 2) {
-      load_tile(queries, tile.row(), output_rows(args, static_cast<const T*>(args.dout), tile));
+  DEVICE Rows<const T> rows(int which) const {
+    return projection_rows(args, static_cast<const T*>(args.qkv), which, tile);
+  }
+  DEVICE Rows<const T> dout_rows() const { return output_rows(args, static_cast<const T*>(args.dout), tile); }
+  DEVICE Rotary rotary() const { return {args.cos, args.sin}; }
+
+  // Everything that needs k and v: P and dz of the tile, and its dq.
+  DEVICE void as_queries() {
+    std::uint32_t own_q[width / 16][4], own_dout[width / 16][4];
+    if constexpr (At::all_fit) {
+      load_tile(dout, own_row(), dout_rows());
+      load_tile(v, own_row(), rows(2));
+      load_turned_tiles<2>({q, k}, own_row(), {rows(0), rows(1)}, rotary());
     } else {
-      load_turned_tiles<1>({queries}, tile.row(),
-                           {projection_rows(args, static_cast<const T*>(args.qkv), 0, tile)},
-                           Rotary{args.cos, args.sin});
+      load_operands(own_q, rows(0));
+      load_operands(own_dout, dout_rows());
+      load_tile(v, own_row(), rows(2));
+      load_turned_tiles<1>({k}, own_row(), {rows(1)}, rotary());
+      arrange_operands(own_q);
+      arrange_operands(own_dout);
+      turn_operands(own_q, rows(0), rotary());
     }
     cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    const int own = q.down(own_row()), down = k.down(tile.head_row), across = v.across(tile.head_row);
+    if constexpr (At::all_fit) read_operands(own_q, q, own);
+    probabilities(own_q, k, tile, args, [&](int t, const std::uint32_t(&operand)[4]) {
+      if constexpr (At::apart) {
+        put(exchange, t, operand);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[t][i] = operand[i];
+      }
+    });
+    Scores dp = {};
+    if constexpr (At::all_fit) {
+#pragma unroll
+      for (int columns = 0; columns < width; columns += 32) {  // not all at once: registers are scarce here
+        std::uint32_t some[2][4];
+        read_operands(some, dout, own, columns);
+        each_other(tile, [&](int t) { multiply_transposed(dp[t], some, v, across, t * tile_rows, columns); });
+      }
+    } else {
+      each_other(tile, [&](int t) { multiply_transposed(dp[t], own_dout, v, across, t * tile_rows); });
+    }
+    softmax_gradient<T>(dz, [&](int t, int i) -> std::uint32_t {
+      if constexpr (At::apart) {
+        return own_values(exchange, t, i)[0];
+      } else {
+        return p[t][i];
+      }
+    }, dp, tile);
+    float dq[width / 8][4] = {};
+    each_other(tile, [&](int t) { multiply(dq, dz[t], k, down, t * tile_rows); });
+    store_gradient<T, width>(args, 0, tile, dq);
   }
-  put(exchange, values, tile);
-  if constexpr (!At::all_fit) cp_async_wait<0>();
-  __syncthreads();
-  float acc[width / 8][4] = {};
-  sum_over_queries(acc, exchange, queries, tile);
-  store_gradient<T, width>(args, which, tile, acc);
-}
+
+  // dv from P and dk from dz.
+  DEVICE void as_keys() {
+    if constexpr (!At::apart) {
+      __syncthreads();  // before P goes where k and v have been read
+      if constexpr (!At::all_fit) load_tile(dout, own_row(), dout_rows());
+      each_other(tile, [&](int t) { put(exchange, t, p[t]); });
+      cp_async_commit();
+      cp_async_wait<0>();
+    }
+    __syncthreads();
+    sum_over_queries(2, dout);
+    __syncthreads();  // before dz goes where P has been read
+    if constexpr (!At::all_fit) load_turned_tiles<1>({q}, own_row(), {rows(0)}, rotary());
+    each_other(tile, [&](int t) { put(exchange, t, dz[t]); });
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    sum_over_queries(1, q);
+  }
+
+  // Gradient of k (1) or v (2): the tile's columns of what is exchanged, transposed, times the rows of all queries.
+  DEVICE void sum_over_queries(int which, const Matrix<T, width>& queries) {
+    const int across = exchange.across(tile.head_row, tile.position), down = queries.down(tile.head_row);
+    float sum[width / 8][4] = {};
+#pragma unroll 1
+    for (int t = 0; t < warps; ++t) {
+      if (!(tile.others >> t & 1)) continue;
+      std::uint32_t a[4];
+      exchange.a_transposed(a, across, t * tile_rows, 0);
+      multiply(sum, a, queries, down, t * tile_rows);
+    }
+    store_gradient<T, width>(args, which, tile, sum);
+  }
+};
 
 template <class T, int width>
 __global__ void __launch_bounds__(threads, has_sm80 && width < 128 ? 2 : 1)
-    attention_short_bwd_kernel(AttentionBackward args, int blocks_each) {
+    attention_short_bwd_kernel(AttentionBackward args, unsigned blocks_each) {
   if constexpr (can_run<T>) {
     clear_tail<T>(args);
     Tile tile;
     if (!find_tile(args, blocks_each, tile)) return;
-    const Shared<T> shared = dynamic_shared<T>();
-    Operands p, dz;
-    query_half<T, width>(args, tile, shared, p, dz);
-    key_half<T, width>(args, 2, tile, shared, p);
-    key_half<T, width>(args, 1, tile, shared, dz);
+    Backward<T, width> backward{args, tile};
+    backward.as_queries();
+    backward.as_keys();
   } else {
     stop("attention: bfloat16 needs sm_80 or later");
   }
@@ -335,16 +378,18 @@ __global__ void __launch_bounds__(threads, has_sm80 && width < 128 ? 2 : 1)
 
 // ---- launch
 
+// Shared memory depends on the path that the kernel takes: before sm_80 or from there on.
 template <class Kernel, class Args>
-void launch_blocks(const char* name, Kernel kernel, Cuda device, const Args& args, int shared_bytes) {
-  if (args.dtype == DType::bfloat16 && code_path(kernel) < 800) {
+void launch_blocks(const char* name, Kernel kernel, Cuda device, const Args& args, int bytes_before, int bytes_sm80) {
+  const bool sm80 = code_path(kernel) >= 800;
+  if (args.dtype == DType::bfloat16 && !sm80) {
     throw std::invalid_argument("attention: bfloat16 needs sm_80 or later; this device takes float16");
   }
   // The longest sequence that there may be has the fewest heads in a block. One block at least, for the tail.
-  const std::int64_t tiles = args.max_seqlen > tile_rows ? ceil_div(args.max_seqlen, tile_rows) : 1;
-  const std::int64_t blocks_each = ceil_div(args.heads, warps / tiles), blocks = args.sequences * blocks_each;
-  launch(name, kernel, device, static_cast<unsigned>(blocks > 0 ? blocks : 1), threads, shared_bytes, args,
-         static_cast<int>(blocks_each > 0 ? blocks_each : 1));
+  const int heads = args.max_seqlen > 64 ? 1 : args.max_seqlen > 32 ? 2 : args.max_seqlen > 16 ? 4 : 8;
+  const std::int64_t blocks_each = ceil_div(args.heads, heads), blocks = args.sequences * blocks_each;
+  launch(name, kernel, device, static_cast<unsigned>(blocks > 0 ? blocks : 1), threads,
+         sm80 ? bytes_sm80 : bytes_before, args, static_cast<unsigned>(blocks_each > 0 ? blocks_each : 1));
 }
 
 // f(null pointer of the stored type, integral constant of the head width).
@@ -368,16 +413,20 @@ void with_type_and_width(const Args& args, const F& f) {
 }  // namespace
 
 void attention_short_fwd(Cuda device, const AttentionForward& args) {
-  with_type_and_width(args, [&](auto* stored, auto width) {
+  with_type_and_width(args, [&](auto* stored, auto head_width) {
     using T = std::remove_pointer_t<decltype(stored)>;
-    launch_blocks("attention_short_fwd", attention_short_fwd_kernel<T, width()>, device, args, forward_bytes<width()>);
+    constexpr int width = decltype(head_width)::value;
+    launch_blocks("attention_short_fwd", attention_short_fwd_kernel<T, width>, device, args, forward_bytes<width>,
+                  forward_bytes<width>);
   });
 }
 
 void attention_short_bwd(Cuda device, const AttentionBackward& args) {
-  with_type_and_width(args, [&](auto* stored, auto width) {
+  with_type_and_width(args, [&](auto* stored, auto head_width) {
     using T = std::remove_pointer_t<decltype(stored)>;
-    launch_blocks("attention_short_bwd", attention_short_bwd_kernel<T, width()>, device, args, Layout<width()>::bytes);
+    constexpr int width = decltype(head_width)::value;
+    launch_blocks("attention_short_bwd", attention_short_bwd_kernel<T, width>, device, args,
+                  Layout<width, false>::bytes, Layout<width, true>::bytes);
   });
 }
 
