@@ -37,7 +37,7 @@ struct AttentionBackward {
   const std::int32_t* cu_seqlens;  // (sequences + 1,)
   const float* cos;
   const float* sin;
-  float* delta;  // (heads, tokens) scratch of the tiled CUDA form
+  float* delta;  // (heads, tokens) scratch of the CUDA forms that are not whole on chip
   void* dqkv;    // (tokens, 3, heads, head_width)
   std::int64_t tokens, sequences, heads, head_width;
   std::int64_t max_seqlen;

@@ -9,10 +9,9 @@ namespace {
 
 template <class Args>
 void check(const Args& args) {
-  if (args.dtype == DType::float32) throw std::invalid_argument("attention: the CUDA kernels take no float32");
-  if (args.max_seqlen > attention_short_max) {
+  if (args.dtype != DType::float32 && args.max_seqlen > attention_short_max) {
     throw std::invalid_argument("attention: the CUDA kernels take sequences of up to " +
-                                std::to_string(attention_short_max) + " tokens, not " +
+                                std::to_string(attention_short_max) + " tokens in half precision, not " +
                                 std::to_string(args.max_seqlen));
   }
 }
@@ -21,11 +20,13 @@ void check(const Args& args) {
 
 void attention_fwd(Cuda device, const AttentionForward& args) {
   check(args);
+  if (args.dtype == DType::float32) return attention_plain_fwd(device, args);
   attention_short_fwd(device, args);
 }
 
 void attention_bwd(Cuda device, const AttentionBackward& args) {
   check(args);
+  if (args.dtype == DType::float32) return attention_plain_bwd(device, args);
   attention_short_bwd(device, args);
 }
 

@@ -8,6 +8,9 @@
 //   accumulators acc[n][i]   row g + 8 (i / 2), column 8n + 2t + i % 2
 #pragma once
 
+#include <stdexcept>
+#include <type_traits>
+
 #include "attention.h"
 #include "device_code.h"
 
@@ -66,6 +69,16 @@ struct Place {
   int position;
 };
 
+// First token and length of a sequence; false when it does not exist or is empty.
+template <class Args>
+DEVICE bool find_sequence(const Args& args, std::int64_t sequence, Place& place) {
+  if (sequence >= args.sequences) return false;
+  place.first_token = args.cu_seqlens[sequence];
+  place.length = args.cu_seqlens[sequence + 1] - place.first_token;
+  if (place.length > args.max_seqlen) stop("attention: a sequence is longer than max_seqlen");
+  return place.length > 0;
+}
+
 // What lies there in one tensor, `stride` values from row to row.
 template <class T>
 struct Rows {
@@ -106,11 +119,12 @@ DEVICE Span attended(int row, int length, std::int64_t window) {
 // Zeroes rows [first, last) of (rows, width); width is a multiple of 8. The blocks of the grid share them out.
 template <class T>
 DEVICE void clear_rows(T* data, std::int64_t width, std::int64_t first, std::int64_t last) {
+  constexpr int vec = 16 / sizeof(T);
   const std::int64_t block = blockIdx.x + gridDim.x * std::int64_t{blockIdx.y + gridDim.y * blockIdx.z};
   const std::int64_t blocks = static_cast<std::int64_t>(gridDim.x) * gridDim.y * gridDim.z;
   for (std::int64_t row = first + block; row < last; row += blocks) {
-    for (std::int64_t i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
-      store<8>(data + row * width + i, Pack<T, 8>{});
+    for (std::int64_t i = threadIdx.x * vec; i < width; i += blockDim.x * vec) {
+      store<vec>(data + row * width + i, Pack<T, vec>{});
     }
   }
 }
@@ -128,6 +142,41 @@ template <class T>
 DEVICE void clear_tail(const AttentionBackward& args) {
   clear_rows(static_cast<T*>(args.dqkv), 3 * args.heads * args.head_width, args.cu_seqlens[args.sequences],
              args.tokens);
+}
+
+// f(integral constant of the head width): instantiates kernels. Throws std::invalid_argument for another width.
+template <class F>
+void with_head_width(std::int64_t head_width, const F& f) {
+  switch (head_width) {
+    case 32: return f(std::integral_constant<int, 32>{});
+    case 64: return f(std::integral_constant<int, 64>{});
+    case 128: return f(std::integral_constant<int, 128>{});
+    default: throw std::invalid_argument("attention: head width must be 32, 64 or 128");
+  }
+}
+
+// f(null pointer of the stored type) for the types of the tensor cores. Throws std::invalid_argument for float32.
+template <class F>
+void with_half_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::bfloat16: return f(static_cast<bf16*>(nullptr));
+    case DType::float16: return f(static_cast<f16*>(nullptr));
+    default: throw std::invalid_argument("attention: this form takes float16 and bfloat16");
+  }
+}
+
+// bfloat16 needs the tensor cores of sm_80; a kernel for an older card has no body, and its launcher refuses.
+template <class T>
+constexpr bool has_tensor_cores = has_sm80 || !std::is_same_v<T, bf16>;
+
+// Whether a kernel takes the path of sm_80. Throws std::invalid_argument when it has none for the dtype.
+template <class Kernel>
+bool takes_sm80_path(Kernel kernel, DType dtype) {
+  const bool sm80 = code_path(kernel) >= 800;
+  if (dtype == DType::bfloat16 && !sm80) {
+    throw std::invalid_argument("attention: bfloat16 needs sm_80 or later; this device takes float16");
+  }
+  return sm80;
 }
 
 // ---- from global to shared memory

@@ -1,7 +1,8 @@
-// The CUDA forms of attention behind attention_fwd(Cuda, ...) and attention_bwd(Cuda, ...), which choose one by
-// max_seqlen. Both take float16 and, from sm_80 on, bfloat16, head widths 32, 64 and 128, and any window. Both read
-// lengths on the device only and launch grids that depend on sizes alone, so that a CUDA graph can hold them. Both
-// zero the rows past the last offset: clear_tail() in attention_device.h.
+// The CUDA forms of attention behind attention_fwd(Cuda, ...) and attention_bwd(Cuda, ...), which choose one by dtype
+// and max_seqlen. The short and the tiled form take float16 and, from sm_80 on, bfloat16; the plain one takes float32.
+// All take head widths 32, 64 and 128 and any window; read lengths on the device only, and launch grids that depend on
+// sizes alone, so that a CUDA graph can hold them; zero the rows past the last offset; stop the launch with an error
+// where a sequence is longer than max_seqlen.
 #pragma once
 
 #include "attention.h"
@@ -19,5 +20,9 @@ constexpr std::int64_t attention_tiled_max = 8192;
 
 void attention_tiled_fwd(Cuda device, const AttentionForward& args);
 void attention_tiled_bwd(Cuda device, const AttentionBackward& args);
+
+// Loops over keys in float32; backward it writes and reads `delta`.
+void attention_plain_fwd(Cuda device, const AttentionForward& args);
+void attention_plain_bwd(Cuda device, const AttentionBackward& args);
 
 }  // namespace cramfast

@@ -1,5 +1,4 @@
 #include <cmath>
-#include <stdexcept>
 #include <type_traits>
 
 #include "attention_device.h"
@@ -30,10 +29,6 @@ static_assert(block_rows == attention_short_max);
 using Scores = float[warps][2][4];         // accumulators of 16 queries against every tile of keys
 using Operands = std::uint32_t[warps][4];  // the same, rounded
 
-// bfloat16 needs the tensor cores of sm_80.
-template <class T>
-constexpr bool can_run = has_sm80 || !std::is_same_v<T, bf16>;
-
 // ---- whose rows a warp works on
 
 struct Tile : Place {
@@ -46,12 +41,7 @@ DEVICE int own_row() { return warp_id() * tile_rows; }
 // Whether this warp has one. blocks_each: blocks for one sequence.
 template <class Args>
 DEVICE bool find_tile(const Args& args, unsigned blocks_each, Tile& tile) {
-  const std::int64_t sequence = blockIdx.x / blocks_each;
-  if (sequence >= args.sequences) return false;
-  tile.first_token = args.cu_seqlens[sequence];
-  tile.length = args.cu_seqlens[sequence + 1] - tile.first_token;
-  if (tile.length <= 0) return false;
-  if (tile.length > block_rows) stop("attention: a sequence is longer than max_seqlen");
+  if (!find_sequence(args, blockIdx.x / blocks_each, tile)) return false;
   const int bucket = tile.length > 64 ? 8 : tile.length > 32 ? 4 : tile.length > 16 ? 2 : 1;  // warps for a head
   const int slot = warp_id() / bucket;
   tile.head = static_cast<int>(blockIdx.x % blocks_each) * (warps / bucket) + slot;
@@ -124,7 +114,7 @@ constexpr int forward_bytes = 2 * block_rows * width * 2;
 template <class T, int width>
 __global__ void __launch_bounds__(threads, width < 128 ? 2 : 1)
     attention_short_fwd_kernel(AttentionForward args, unsigned blocks_each) {
-  if constexpr (can_run<T>) {
+  if constexpr (has_tensor_cores<T>) {
     clear_tail<T>(args);
     Tile tile;
     if (!find_tile(args, blocks_each, tile)) return;
@@ -159,8 +149,6 @@ __global__ void __launch_bounds__(threads, width < 128 ? 2 : 1)
       }
     }
     store_tile(output_rows(args, static_cast<T*>(args.out), tile), out);
-  } else {
-    stop("attention: bfloat16 needs sm_80 or later");
   }
 }
 
@@ -364,15 +352,13 @@ struct Backward {
 template <class T, int width>
 __global__ void __launch_bounds__(threads, has_sm80 && width < 128 ? 2 : 1)
     attention_short_bwd_kernel(AttentionBackward args, unsigned blocks_each) {
-  if constexpr (can_run<T>) {
+  if constexpr (has_tensor_cores<T>) {
     clear_tail<T>(args);
     Tile tile;
     if (!find_tile(args, blocks_each, tile)) return;
     Backward<T, width> backward{args, tile};
     backward.as_queries();
     backward.as_keys();
-  } else {
-    stop("attention: bfloat16 needs sm_80 or later");
   }
 }
 
@@ -381,10 +367,7 @@ __global__ void __launch_bounds__(threads, has_sm80 && width < 128 ? 2 : 1)
 // Shared memory depends on the path that the kernel takes: before sm_80 or from there on.
 template <class Kernel, class Args>
 void launch_blocks(const char* name, Kernel kernel, Cuda device, const Args& args, int bytes_before, int bytes_sm80) {
-  const bool sm80 = code_path(kernel) >= 800;
-  if (args.dtype == DType::bfloat16 && !sm80) {
-    throw std::invalid_argument("attention: bfloat16 needs sm_80 or later; this device takes float16");
-  }
+  const bool sm80 = takes_sm80_path(kernel, args.dtype);
   // The longest sequence that there may be has the fewest heads in a block. One block at least, for the tail.
   const int heads = args.max_seqlen > 64 ? 1 : args.max_seqlen > 32 ? 2 : args.max_seqlen > 16 ? 4 : 8;
   const std::int64_t blocks_each = ceil_div(args.heads, heads), blocks = args.sequences * blocks_each;
@@ -392,41 +375,27 @@ void launch_blocks(const char* name, Kernel kernel, Cuda device, const Args& arg
          sm80 ? bytes_sm80 : bytes_before, args, static_cast<unsigned>(blocks_each > 0 ? blocks_each : 1));
 }
 
-// f(null pointer of the stored type, integral constant of the head width).
-template <class Args, class F>
-void with_type_and_width(const Args& args, const F& f) {
-  const auto with_width = [&](auto* stored) {
-    switch (args.head_width) {
-      case 32: return f(stored, std::integral_constant<int, 32>{});
-      case 64: return f(stored, std::integral_constant<int, 64>{});
-      case 128: return f(stored, std::integral_constant<int, 128>{});
-      default: throw std::invalid_argument("attention: head width must be 32, 64 or 128");
-    }
-  };
-  switch (args.dtype) {
-    case DType::bfloat16: return with_width(static_cast<bf16*>(nullptr));
-    case DType::float16: return with_width(static_cast<f16*>(nullptr));
-    default: throw std::invalid_argument("attention: the short form takes float16 and bfloat16");
-  }
-}
-
 }  // namespace
 
 void attention_short_fwd(Cuda device, const AttentionForward& args) {
-  with_type_and_width(args, [&](auto* stored, auto head_width) {
-    using T = std::remove_pointer_t<decltype(stored)>;
-    constexpr int width = decltype(head_width)::value;
-    launch_blocks("attention_short_fwd", attention_short_fwd_kernel<T, width>, device, args, forward_bytes<width>,
-                  forward_bytes<width>);
+  with_half_type(args.dtype, [&](auto* stored) {
+    with_head_width(args.head_width, [&](auto head_width) {
+      using T = std::remove_pointer_t<decltype(stored)>;
+      constexpr int width = decltype(head_width)::value;
+      launch_blocks("attention_short_fwd", attention_short_fwd_kernel<T, width>, device, args, forward_bytes<width>,
+                    forward_bytes<width>);
+    });
   });
 }
 
 void attention_short_bwd(Cuda device, const AttentionBackward& args) {
-  with_type_and_width(args, [&](auto* stored, auto head_width) {
-    using T = std::remove_pointer_t<decltype(stored)>;
-    constexpr int width = decltype(head_width)::value;
-    launch_blocks("attention_short_bwd", attention_short_bwd_kernel<T, width>, device, args,
-                  Layout<width, false>::bytes, Layout<width, true>::bytes);
+  with_half_type(args.dtype, [&](auto* stored) {
+    with_head_width(args.head_width, [&](auto head_width) {
+      using T = std::remove_pointer_t<decltype(stored)>;
+      constexpr int width = decltype(head_width)::value;
+      launch_blocks("attention_short_bwd", attention_short_bwd_kernel<T, width>, device, args,
+                    Layout<width, false>::bytes, Layout<width, true>::bytes);
+    });
   });
 }
 
