@@ -85,19 +85,21 @@ void bind_attention(py::module_& m) {
   m.def(
       "attention_fwd",
       [](Device device, Address qkv, Address cu_seqlens, Address cos, Address sin, Address out, Address lse,
-         Size tokens, Size sequences, Size heads, Size head_width, Size window, int dtype) {
+         Size tokens, Size sequences, Size heads, Size head_width, Size max_seqlen, Size window, int dtype) {
         attention_fwd(device, {at<void>(qkv), at<std::int32_t>(cu_seqlens), at<float>(cos), at<float>(sin),
-                               at<void>(out), at<float>(lse), tokens, sequences, heads, head_width, window,
+                               at<void>(out), at<float>(lse), tokens, sequences, heads, head_width, max_seqlen, window,
                                dtype_of(dtype)});
       },
       py::call_guard<CallGuard>());
   m.def(
       "attention_bwd",
       [](Device device, Address dout, Address qkv, Address out, Address lse, Address cu_seqlens, Address cos,
-         Address sin, Address dqkv, Size tokens, Size sequences, Size heads, Size head_width, Size window, int dtype) {
+         Address sin, Address delta, Address dqkv, Size tokens, Size sequences, Size heads, Size head_width,
+         Size max_seqlen, Size window, int dtype) {
         attention_bwd(device, {at<void>(dout), at<void>(qkv), at<void>(out), at<float>(lse),
-                               at<std::int32_t>(cu_seqlens), at<float>(cos), at<float>(sin), at<void>(dqkv), tokens,
-                               sequences, heads, head_width, window, dtype_of(dtype)});
+                               at<std::int32_t>(cu_seqlens), at<float>(cos), at<float>(sin), at<float>(delta),
+                               at<void>(dqkv), tokens, sequences, heads, head_width, max_seqlen, window,
+                               dtype_of(dtype)});
       },
       py::call_guard<CallGuard>());
 }
@@ -140,6 +142,7 @@ template <class Device>
 void bind_operators(py::module_& m) {
   bind_layernorm<Device>(m);
   bind_glu<Device>(m);
+  bind_attention<Device>(m);
   bind_cross_entropy<Device>(m);
   bind_adamw<Device>(m);
   bind_workspaces<Device>(m);
@@ -150,7 +153,7 @@ void bind_cuda(py::module_& m) {
   py::class_<Cuda>(m, "Cuda", py::module_local())
       .def(py::init([](Address stream) { return Cuda{reinterpret_cast<void*>(stream)}; }), py::arg("stream"));
   bind_operators<Cuda>(m);
-  m.attr("cuda_operators") = py::make_tuple("layernorm", "glu", "layernorm_glu", "cross_entropy", "adamw");
+  m.attr("cuda_operators") = py::make_tuple("layernorm", "glu", "layernorm_glu", "attention", "cross_entropy", "adamw");
 }
 
 #ifdef CRAMFAST_EMULATED
@@ -181,7 +184,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &cpu_isa);
   m.attr("layernorm_max_width") = layernorm_max_width;
   bind_operators<Cpu>(m);
-  bind_attention<Cpu>(m);
 #ifdef CRAMFAST_CUDA
   bind_cuda(m);
   m.attr("cuda") = true;

@@ -130,6 +130,12 @@ DEVICE std::uint32_t pack2(float low, float high) {
 #endif
 }
 
+// The two values of a register.
+template <class T>
+DEVICE float2 unpack2(std::uint32_t packed) {
+  return make_float2(widen(T{static_cast<std::uint16_t>(packed)}), widen(T{static_cast<std::uint16_t>(packed >> 16)}));
+}
+
 // 2^x, off by at most 2 units in the last place (ex2.approx); subnormal results are 0.
 DEVICE float exp2_approx(float x) {
 #ifdef CRAMFAST_EMULATED
@@ -138,6 +144,16 @@ DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#endif
+}
+
+// Ends the launch with an error: for what the host could only check by waiting for the device.
+DEVICE void stop(const char* why) {
+#ifdef CRAMFAST_EMULATED
+  emulator::fault(why);
+#else
+  (void)why;
+  __trap();
 #endif
 }
 

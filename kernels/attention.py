@@ -46,6 +46,7 @@ def _forward(qkv, cu_seqlens, max_seqlen, cos, sin, window):
         len(cu_seqlens) - 1,
         H,
         K,
+        max_seqlen,
         window,
         DTYPE_CODES[qkv.dtype],
     )
@@ -72,11 +73,13 @@ def _backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, cos, sin, window):
         cu_seqlens,
         cos,
         sin,
+        torch.empty_like(lse),
         dqkv,
         N,
         len(cu_seqlens) - 1,
         H,
         K,
+        max_seqlen,
         window,
         DTYPE_CODES[qkv.dtype],
     )

@@ -98,7 +98,8 @@ def load(architecture: int) -> ModuleType:
         includes = (f"-I{pybind11.get_include()}", f"-I{_python_include()}")
         sources = [CSRC / "bindings.cpp", *sorted(CSRC.glob("*_cuda.cu"))]
         path = build("_emulated", sources, architecture, includes)
-        spec = importlib.util.spec_from_file_location("_emulated", path)
+        # pybind11 gives back the module that it made first under a full name, whatever the file.
+        spec = importlib.util.spec_from_file_location(f"sm{architecture // 10}._emulated", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         _modules[architecture] = module

@@ -8,8 +8,8 @@ import torch
 from test_ops import _assert_as_good_as_eager, _convert_all, _evaluate
 
 import cramfast.kernels
-from cramfast.kernels import dispatch, emulated, extension, reference
-from cramfast.kernels.cases import CASES
+from cramfast.kernels import attention, dispatch, emulated, extension, reference
+from cramfast.kernels.cases import CASES, rotary_table
 from cramfast.kernels.extension import DTYPE_CODES
 
 pytestmark = pytest.mark.skipif(bool(emulated.missing_reason()), reason=emulated.missing_reason() or "can be built")
@@ -25,25 +25,58 @@ MORE_SHAPES = {
     ),
     "glu": ({"N": 3, "F": 4104},),
     "adamw": ({"P": 70_001, "segments": 7, "step": 2.0}, {"P": 4097, "segments": 1000}),
+    "attention": (
+        {"lengths": (128, 0, 77, 15, 16), "H": 2, "K": 32, "tail": 5},
+        {"lengths": (65, 127), "H": 2, "K": 64, "tail": 9},
+        {"lengths": (31, 17, 32, 1, 16, 33), "H": 9, "K": 64, "rotary": False},  # heads beyond a block's eight
+        {"lengths": (128, 64, 3), "H": 1, "K": 128},
+        {"lengths": (128, 33), "H": 1, "K": 64, "window": 31},
+        {"lengths": (128, 16), "H": 1, "K": 32, "window": 1},
+    ),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+SHORT = 128  # tokens: csrc/attention_forms.h
+
+
+def _shapes(case):
+    return (*case.test_shapes, *MORE_SHAPES.get(case.op, ()))
+
+
+def _is_slow(case, shape):
+    """Float32 attention loops over all pairs of tokens: seconds to minutes, with nothing new in a long sequence."""
+    return case.op == "attention" and (
+        shape not in case.test_shapes or ("window" not in shape and max(shape["lengths"]) > SHORT)
+    )
+
+
 def _grid():
     for case in CASES:
-        if case.op == "attention":
-            continue
-        for shape in (*case.test_shapes, *MORE_SHAPES.get(case.op, ())):
+        for shape in _shapes(case):
             for dtype in DTYPES if case.op != "adamw" else (torch.float32,):
-                name = "-".join(f"{k}={v}" for k, v in shape.items())
+                if dtype == torch.float32 and _is_slow(case, shape):
+                    continue
+                name = "-".join(f"{k}={v}" for k, v in shape.items()).replace(" ", "")
                 yield pytest.param(case, shape, dtype, id=f"{case.op}-{name}-{str(dtype)[6:]}")
 
 
 @pytest.fixture(params=emulated.ARCHITECTURES, ids=lambda a: f"sm{a // 10}")
 def module(request):
     dispatch.override("all", "emulated", architecture=request.param)
-    yield emulated.load(request.param)
+    module = emulated.load(request.param)
+    assert module.architecture == request.param
+    yield module
     dispatch.override("all", "auto")
+
+
+def _refusal(case, shape, dtype, module):
+    """What a CUDA operator says that does not take the case, or an empty string."""
+    if case.op != "attention" or dtype == torch.float32:
+        return ""
+    if max(shape["lengths"]) > SHORT:
+        return "up to 128 tokens"
+    return "bfloat16 needs sm_80" if dtype == torch.bfloat16 and module.architecture < 800 else ""
 
 
 def _check(case, shape, dtype):
@@ -62,12 +95,17 @@ def _check(case, shape, dtype):
 
 @pytest.mark.parametrize(("case", "shape", "dtype"), list(_grid()))
 def test_values_and_gradients_against_float64(module, case, shape, dtype):
-    _check(case, shape, dtype)
+    if refusal := _refusal(case, shape, dtype, module):
+        with pytest.raises(ValueError, match=refusal):
+            _check(case, shape, dtype)
+    else:
+        _check(case, shape, dtype)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.op != "attention"], ids=lambda c: c.op)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.op)
 def test_any_order_of_blocks_and_warps_gives_the_same_bits(module, case):
-    inputs = case.make(**case.test_shapes[1], dtype=torch.float32, seed=3)
+    dtype = torch.float16 if case.op == "attention" else torch.float32
+    inputs = case.make(**case.test_shapes[0 if case.op == "attention" else 1], dtype=dtype, seed=3)
     results = []
     for seed in range(3):
         module.set_seed(seed)
@@ -77,7 +115,7 @@ def test_any_order_of_blocks_and_warps_gives_the_same_bits(module, case):
             assert torch.equal(value, other[name]), name
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.op not in ("attention", "adamw")], ids=lambda c: c.op)
+@pytest.mark.parametrize("case", [c for c in CASES if c.op != "adamw"], ids=lambda c: c.op)
 def test_fresh_memory_filled_with_nan(module, case, monkeypatch):
     """Every element of every output is written, whatever torch.empty hands out."""
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
@@ -85,7 +123,9 @@ def test_fresh_memory_filled_with_nan(module, case, monkeypatch):
     def poison(tensor):
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
-    for shape in case.test_shapes:
+    for shape in _shapes(case):
+        if _refusal(case, shape, torch.float16, module):
+            continue
         inputs = case.make(**shape, dtype=torch.float16, seed=5)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
@@ -116,28 +156,42 @@ def test_logits_of_any_width(module, V, dtype):
     _assert_as_good_as_eager(ours, {"loss": picked, "gradient": slope}, truth)
 
 
-BARRIERS = {  # shapes that together pass every barrier of an operator, twice where it guards a loop
-    "layernorm": ({"N": 70, "D": 256}, {"N": 70, "D": 1030}),
-    "cross_entropy": ({"M": 3, "D": 16, "V": 2056},),
-    "adamw": ({"P": 5000},),
+# Shapes that together pass every barrier, wait and mma of an operator, twice where a barrier guards a loop.
+FAULTS = {
+    "layernorm": (torch.float32, ({"N": 70, "D": 256}, {"N": 70, "D": 1030})),
+    "cross_entropy": (torch.float32, ({"M": 3, "D": 16, "V": 2056},)),
+    "adamw": (torch.float32, ({"P": 5000},)),
+    "attention": (
+        torch.float16,
+        (
+            {"lengths": (40, 17), "H": 2, "K": 64},
+            {"lengths": (40,), "H": 1, "K": 128},
+            {"lengths": (40,), "H": 1, "K": 128, "rotary": False},
+        ),
+    ),
 }
 
 
-@pytest.mark.parametrize("op", BARRIERS)
-def test_no_barrier_can_be_removed(module, op):
-    """Each barrier, ignored alone, turns the operator red: none is superfluous and none is untested."""
+@pytest.mark.parametrize("op", FAULTS)
+def test_no_barrier_can_be_removed_and_no_operand_swapped(module, op):
+    """Each barrier and wait, ignored alone, and each mma with two registers in each other's place turns the operator
+    red: none is superfluous and none is untested."""
     case = next(c for c in CASES if c.op == op)
+    dtype, shapes = FAULTS[op]
 
     def everything():
-        for shape in BARRIERS[op]:
-            _check(case, shape, torch.float32)
+        for shape in shapes:
+            _check(case, shape, dtype)
 
     module.sites()
     everything()
-    sites = [site.split()[1] for site in module.sites()]
-    assert sites
+    sites = module.sites()
+    kinds = {site.split()[0] for site in sites}
+    assert "barrier" in kinds
+    if op == "attention":
+        assert "mma" in kinds and ("cp_async_wait" in kinds) == (module.architecture >= 800)
     for site in sites:
-        module.ignore_site(site)
+        module.ignore_site(site.split()[1])
         try:
             with pytest.raises((AssertionError, RuntimeError)):
                 everything()
@@ -164,6 +218,56 @@ def test_float16_copy_of_the_weights(module):
     assert torch.equal(half, master[: len(half)].half())
 
 
-def test_attention_says_that_it_has_no_kernel_yet():
-    with pytest.raises(ValueError, match="attention has no CUDA kernel yet"):
-        dispatch.override("attention", "emulated")
+def _attention(lengths, K, dtype, H=2, seed=0):
+    case = next(c for c in CASES if c.op == "attention")
+    inputs = case.make(lengths=lengths, H=H, K=K, dtype=dtype, seed=seed, tail=4)
+    cos, sin = inputs["rotary"]
+    return inputs["qkv"], inputs["cu_seqlens"], inputs["max_seqlen"], cos, sin
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("K", (32, 64, 128))
+def test_log_sum_exp_of_attention(module, K, dtype):
+    qkv, offsets, longest, cos, sin = _attention((50, 0, 3), K, dtype)
+    _, lse = attention.attention_fwd(qkv, offsets, longest, cos, sin, -1)
+    dispatch.override("attention", "auto")
+    _, plain = attention.attention_fwd(qkv.float(), offsets, longest, cos, sin, -1)
+    torch.testing.assert_close(lse, plain, rtol=0, atol=5e-3 if dtype == torch.float16 else 1e-5)
+    assert (lse[:, 53:] == 0).all()
+
+
+def test_attention_does_not_depend_on_the_capacity(module):
+    """Room for more and longer sequences than there are, as in a CUDA graph, changes the grid but no bit."""
+    qkv, offsets, longest, _, _ = _attention((20, 1, 16, 40), 64, torch.float16, H=3)
+    cos, sin = rotary_table(128, 64)
+    room = torch.cat([offsets, offsets[-1:].expand(5)])
+    dout = torch.randn(qkv[:, 0].shape, generator=torch.Generator().manual_seed(1)).half()
+    results = []
+    for offsets_of, most in ((offsets, longest), (room, 128)):
+        where = (offsets_of, most, cos, sin, -1)
+        out, lse = attention.attention_fwd(qkv, *where)
+        results.append((out, lse, attention.attention_bwd(dout, qkv, out, lse, *where)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+def test_a_sequence_that_is_longer_than_promised_stops_the_launch(module, dtype):
+    """On a GPU Python does not look at the offsets: it would have to wait for them."""
+    qkv, offsets, longest, cos, sin = _attention((20, 33), 64, dtype)
+    out, lse = qkv[:, 0].clone(), torch.zeros(2, len(qkv))
+    sizes = (len(qkv), 2, 2, 64, longest - 1, -1, DTYPE_CODES[dtype])
+    with pytest.raises(RuntimeError, match="a sequence is longer than max_seqlen"):
+        extension.call("attention_fwd", qkv, qkv, offsets, cos, sin, out, lse, *sizes)
+
+
+def test_attention_keeps_its_heads_and_sequences_apart(module):
+    """A NaN in one sequence of one head stays there, though other heads share the block."""
+    qkv, offsets, longest, cos, sin = _attention((9, 12), 64, torch.float16, H=3)
+    qkv[4, :, 1] = torch.nan
+    where = (offsets, longest, cos, sin, -1)
+    out, lse = attention.attention_fwd(qkv, *where)
+    dqkv = attention.attention_bwd(torch.ones_like(out), qkv, out, lse, *where)
+    for result in (out, dqkv):
+        assert result.movedim(-2, 1)[:9, 1].isnan().any() and not result.movedim(-2, 1)[:, (0, 2)].isnan().any()
+        assert not result[9:].isnan().any()

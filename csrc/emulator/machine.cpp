@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <set>
 #include <stdexcept>
+#include <utility>
 
 #include "global_memory.h"
 #include "shared_memory.h"
@@ -53,7 +55,11 @@ constexpr int warp_size = 32, max_threads = 1024;
 
 std::uint32_t clock_now = 0, random_state = 1;
 std::string ignored_site, fault_text;
-std::set<std::string> seen_sites;
+struct SeenSite {
+  std::string text;  // kind and place
+  bool ignored = false;
+};
+std::map<std::pair<const void*, int>, SeenSite> seen_sites;
 bool faulted = false;
 
 std::vector<Thread> threads;
@@ -321,18 +327,22 @@ std::uint32_t random_below(std::uint32_t bound) {
   return static_cast<std::uint32_t>((static_cast<std::uint64_t>(random_state) * bound) >> 32);
 }
 
-void ignore_site(const std::string& site) { ignored_site = site; }
+void ignore_site(const std::string& site) {
+  ignored_site = site;
+  seen_sites.clear();
+}
 
 bool ignored(const char* kind, Site site) {
-  const std::string name = name_of(site);
-  seen_sites.insert(std::string(kind) + " " + name);
-  return name == ignored_site;
+  const auto [entry, is_new] = seen_sites.try_emplace({site.file, site.line});
+  if (is_new) entry->second = {std::string(kind) + " " + name_of(site), name_of(site) == ignored_site};
+  return entry->second.ignored;
 }
 
 std::vector<std::string> sites() {
-  std::vector<std::string> all(seen_sites.begin(), seen_sites.end());
+  std::set<std::string> all;  // one file may have several names in memory
+  for (const auto& [place, seen] : seen_sites) all.insert(seen.text);
   seen_sites.clear();
-  return all;
+  return {all.begin(), all.end()};
 }
 
 }  // namespace cramfast::emulator

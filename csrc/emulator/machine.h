@@ -83,12 +83,12 @@ void exchange(std::uint32_t mask, Operation operation, const std::uint32_t* in, 
 void launch(const char* kernel, Index3 grid, Index3 block, std::size_t dynamic_bytes,
             const std::function<void()>& body);
 
-// For tests: the order of warps, lanes and blocks; and mutation without a compiler: a barrier or wait that is ignored
-// must make some test fail, else nothing shows that it is needed.
+// For tests: the order of warps, lanes and blocks; and mutation without a compiler: a barrier or wait that is ignored,
+// or an mma whose operand registers are swapped, must make some test fail, else nothing shows that it is right.
 void set_seed(std::uint32_t seed);
 std::uint32_t random_below(std::uint32_t bound);
 void ignore_site(const std::string& site);  // "file.cu:12", or "" for none
 bool ignored(const char* kind, Site site);  // also notes that the site exists
-std::vector<std::string> sites();           // every barrier and wait passed since the last call
+std::vector<std::string> sites();           // every barrier, wait and mma passed since the last call
 
 }  // namespace cramfast::emulator

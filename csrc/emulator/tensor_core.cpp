@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 namespace cramfast::emulator {
 namespace {
@@ -71,6 +72,7 @@ void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, Site site) {
   std::memcpy(in, a, a_registers * sizeof *a);
   std::memcpy(in + a_registers, b, b_registers * sizeof *b);
   std::memcpy(in + a_registers + b_registers, d, 4 * sizeof *d);
+  if (ignored("mma", site)) std::swap(in[b_registers > 1 ? a_registers : 0], in[b_registers > 1 ? a_registers + 1 : 1]);
   exchange(0xffffffffu, multiply<K, bfloat>, in, a_registers + b_registers + 4, reinterpret_cast<std::uint32_t*>(d), 4,
            site);
 }

@@ -12,7 +12,8 @@
 
 namespace cramfast::emulator {
 
-// d += a b. K is 8 or 16; bfloat16 or float16 values.
+// d += a b. K is 8 or 16; bfloat16 or float16 values. At an ignored site (machine.h) two registers of b, or of a where
+// b has but one, stand in each other's place.
 template <int K, bool bfloat>
 void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, Site site);
 
