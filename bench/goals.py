@@ -127,3 +127,18 @@ def verdicts(rows: Iterable[Mapping]) -> list[Verdict]:
             spoken.add(goal)
             found.append(Verdict(goal, f"{label or shape}, {dtype}, {gpu}", _value(goal, ours, group)))
     return found + [Verdict(goal, "", None) for goal in GOALS if goal not in spoken]
+
+
+def step_rows(rows: Iterable[Mapping]) -> list[dict]:
+    """Rows of bench.step as verdicts() reads them; a system that failed has no time."""
+    return [
+        {
+            **row,
+            "op": "step",
+            "label": f"{row['layers']} × {row['width']}",
+            "shape": f"length {row['sequence_len']}",
+            "implementation": "ours" if row["system"] == "cramfast" else row["system"],
+            "ms": None if "fault" in row else 1e3 / row["tokens_per_s"],
+        }
+        for row in rows
+    ]
