@@ -18,6 +18,7 @@ keep_freed_memory()  # as the trainer does; every peer in this process has it to
 
 def pytest_addoption(parser):
     parser.addoption("--smoke", action="store_true", help="two rounds of the smallest shape: does it run at all")
+    parser.addoption("--ours-only", action="store_true", help="without peers: rows for python -m bench.choose")
     parser.addoption("--results", type=Path, help="append one JSON line for every number to this file")
 
 
@@ -56,7 +57,7 @@ def record(request):
 def _cells(row: dict) -> tuple[str, ...]:
     start = (row["op"], row.get("label") or row["shape"], row["dtype"], row["implementation"])
     if row["ms"] is None:
-        return (*start, row["fault"][:60])
+        return (*start, row.get("fault", row["tests"])[:60])
     return (
         *start,
         f"{row['ms']:.3f}",

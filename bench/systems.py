@@ -29,8 +29,8 @@ class Options:
     Where no size is given it is 4 layers of 256 on a CPU and the base recipe on a GPU.
     """
 
-    data: tuple[str, ...]
-    """Text to train on: files, folders or globs."""
+    data: tuple[str, ...] = ()
+    """Text to train on: files, folders or globs; none: documentation text found on this machine."""
     documents: Literal["lines", "blocks"] = "lines"
     """What a document is: a line, or a block of lines."""
     sequence_len: int = 128
