@@ -27,6 +27,13 @@ def label(shape: Mapping) -> str:
     return f"{name}, rotary" if name and shape.get("rotary", True) else name
 
 
+MEASURES = {
+    "percent_of_copy": "of the copy bandwidth",
+    "mfu": "MFU of the measured matmul peak",
+    "launch_gaps": "of the time without a kernel",
+}
+
+
 @dataclass(frozen=True)
 class Goal:
     """At least `bound` in `measure` in the rows that `where` picks.
@@ -51,7 +58,13 @@ class Goal:
         sign = "≤" if self.at_most else "≥"
         if self.measure == "speedup":
             return f"{sign} {self.bound:g}× {' / '.join(self.over)}"
-        return f"{sign} {self.bound:g} % {self.measure.removeprefix('percent_of_').replace('_', ' ')}"
+        return f"{sign} {self.bound:g} % {MEASURES[self.measure]}"
+
+    def place(self) -> str:
+        """Where the goal speaks."""
+        return "; ".join(
+            " or ".join(f"bound by {v}" if key == "limit" else v for v in values) for key, values in self.where
+        )
 
 
 SHORT = ("label", ("real mixture, 16-128", "all 128"))

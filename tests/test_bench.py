@@ -1,6 +1,11 @@
 """The benchmarks as far as a CPU can prove them: timing by events on a pretended GPU, peers on tensors without memory,
 verdicts on made-up rows."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +15,7 @@ from bench import attention_peers, goals, peers
 from bench.timing import COLD_BYTES, HEAD_START_S, Stopwatch, interleaved
 from cramfast.kernels.cases import CASES
 
+ROOT = Path(__file__).resolve().parent.parent
 WRITE_S = 0.7e-3
 ROW = {"op": "attention", "shape": "S=854", "label": "all 128", "dtype": "bfloat16", "gpu": "card", "limit": "memory"}
 
@@ -194,3 +200,23 @@ def test_clocks_and_driver_are_read_beside_the_card(monkeypatch):
     assert (found["gpu"], found["capability"], found["driver"]) == ("card", "sm_90", "580.159")
     assert (found["sm_mhz"], found["memory_mhz"], found["watts"]) == ("1980", "3201", "700.00")
     assert "GPU-ab-12" in asked[0]
+
+
+def test_the_path_of_a_gpu_runs_from_end_to_end(tmp_path):
+    """On a pretended one, where the gate is wrong: it gets no number, the others do."""
+    results = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "pytest", "bench/", "-p", "pretended_gpu", "--smoke", "--device", "cuda"]
+    command += ["-k", "bfloat16 or adamw", "--results", str(results)]
+    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "PRETENDED_FAULT": "1"}
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert results.exists(), answer.stdout + answer.stderr
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {row["op"] for row in rows} == {case.op for case in CASES}, answer.stdout + answer.stderr
+    (red,) = (row for row in rows if row["op"] == "glu")
+    assert red["ms"] is None and "error" in red["tests"]
+    assert answer.returncode == 1 and "no number for an operator that is wrong" in answer.stdout
+    measured = next(row for row in rows if row["op"] == "layernorm" and row["implementation"] == "ours")
+    assert measured["gpu"] == "pretended" and measured["capability"] == "sm_90" and measured["tests"] == "passed"
+    assert measured["late_rounds"] == 2 and measured["limit"] in ("memory", "matmul") and measured["ms"] > 0
+    assert "of the copy bandwidth" in answer.stdout
