@@ -10,7 +10,9 @@ from bench.systems import ADAMW, MASK_FRACTION, MAX_NORM, Options, Sequences, Tr
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.feed import Feed
+from cramfast.ledger import Clock
 from cramfast.loader import BatchSource
+from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model import Encoder
 from cramfast.optim import AdamW, FlatParameters
 
@@ -28,9 +30,6 @@ class Cramfast:
     """Our step as cramfast.train takes it: one microbatch, replayed from a CUDA graph, and one update."""
 
     def __init__(self, options: Options, prepared: Path):
-        from cramfast.ledger import Clock
-        from cramfast.microbatch import Microbatch, capture_graph, graph_choice
-
         missing = machine.take_kernels(options.kernels)
         if missing:
             reasons = "; ".join(f"{op}: {reason}" for op, reason in missing.items())

@@ -68,8 +68,6 @@ def test_the_stock_encoder_computes_what_ours_does(no_gpu_needed):
 @pytest.mark.parametrize("name", ["cramfast", "transformers compiled", "packed FlashAttention compiled"])
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'", "ignore:torch.cuda.amp.GradScaler")
 def test_every_system_takes_steps(no_gpu_needed, prepared, name):
-    if name == "cramfast":
-        pytest.importorskip("cramfast.microbatch")
     options = Options(data=(), device="cuda", dtype="float32", sequence_len=16, batch_sequences=4, **TINY)
     system = gpu_systems.build(name, options, prepared)
     parameter = next((system.microbatch.model if name == "cramfast" else system.model).parameters())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import tables
+from bench import roofline, tables
 from cramfast.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +37,6 @@ def test_the_page_holds_what_the_command_writes():
 
 
 def test_the_page_holds_the_predictions():
-    roofline = pytest.importorskip("bench.roofline")
     assert roofline.markdown() in PAGE.read_text(encoding="utf-8"), "run python -m bench.roofline and paste its table"
 
 
