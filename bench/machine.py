@@ -2,41 +2,66 @@
 
 import functools
 import platform
+import shutil
 import statistics
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from bench.timing import Stopwatch
+from cramfast.errors import UserError
+from cramfast.kernels import dispatch, extension
 
-def seconds(function: Callable[[], object], rounds: int) -> list[float]:
-    """Wall-clock seconds of each round, after one round to warm up."""
-    function()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return times
+CPU_COPY_BYTES, CUDA_COPY_BYTES = 256 << 20, 1 << 30  # far beyond any cache
+CPU_MATMULS = ((4096, 768, 3072), (2048, 2048, 2048), (8192, 512, 512))
+CUDA_MATMULS = ((8192, 8192, 8192), (65536, 768, 3072), (16384, 4096, 4096))
+CLOCKS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"  # nvidia-smi --help-query-gpu
+
+
+def devices(asked: str) -> tuple[str, ...]:
+    """What --device stands for: every device there is under "auto", the CPU first, or the one asked for.
+
+    Raises:
+        UserError: a GPU was asked for and torch sees none.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU — python -m cramfast.doctor says why")
+    there = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return there if asked == "auto" else (asked,)
+
+
+def take_kernels(implementation: str) -> dict[str, str]:
+    """Override every operator with this implementation where it exists on a GPU; return {operator: why it does not}."""
+    missing = {}
+    for op in dispatch.OPERATORS:
+        if implementation == "cpp" and op not in extension.module.cuda_operators:
+            missing[op] = "no CUDA kernel was built"
+            continue
+        try:
+            dispatch.override(op, implementation)
+        except ValueError as error:
+            missing[op] = str(error)
+    return missing
 
 
 @functools.cache
-def copy_bytes_per_s() -> float:
-    """Bytes read plus bytes written a second by torch's copy of 256 MiB, far beyond any cache."""
-    source = torch.randn(64 << 20)
+def copy_bytes_per_s(device: str = "cpu") -> float:
+    """Bytes read plus bytes written a second by torch's copy of a buffer far beyond any cache."""
+    size = CPU_COPY_BYTES if device == "cpu" else CUDA_COPY_BYTES
+    source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / statistics.median(seconds(lambda: target.copy_(source), 7))
+    return 2 * size / statistics.median(Stopwatch(device).seconds(lambda: target.copy_(source), 7))
 
 
 @functools.cache
-def matmul_flops(dtype: torch.dtype) -> float:
-    """FLOP a second of the best of three large matmuls, medians of five."""
-    rates = []
-    for n, k, m in ((4096, 768, 3072), (2048, 2048, 2048), (8192, 512, 512)):
-        a, b = torch.randn(n, k).to(dtype), torch.randn(k, m).to(dtype)
-        rates.append(2 * n * k * m / statistics.median(seconds(lambda a=a, b=b: a @ b, 5)))
+def matmul_flops(dtype: torch.dtype, device: str = "cpu") -> float:
+    """FLOP a second of the best of three large matmuls, medians of five (on a GPU, of ten)."""
+    watch, rates = Stopwatch(device), []
+    for n, k, m in CPU_MATMULS if device == "cpu" else CUDA_MATMULS:
+        a, b = (torch.randn(*shape, device=device).to(dtype) for shape in ((n, k), (k, m)))
+        times = watch.seconds(lambda a=a, b=b: a @ b, 5 if device == "cpu" else 10)
+        rates.append(2 * n * k * m / statistics.median(times))
     return max(rates)
 
 
@@ -57,11 +82,29 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-@functools.cache
-def description() -> dict[str, object]:
-    """Device, threads, instruction set, versions and commit: what every number needs beside it."""
-    from cramfast.kernels import extension
+def _gpu() -> dict[str, object]:
+    """Name, size, CUDA version, and what nvidia-smi says of driver, clocks (MHz, now) and power limit (W)."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    found = {
+        "gpu": properties.name,
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+    }
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return found | {"driver": "unknown: no nvidia-smi"}
+    query = [tool, f"--query-gpu={CLOCKS}", "--format=csv,noheader,nounits", "-i", f"GPU-{properties.uuid}"]
+    answer = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    values = dict(zip(CLOCKS.split(","), answer.split(", "), strict=False))
+    names = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "clocks.max.sm": "sm_max_mhz", "power.limit": "watts"}
+    return found | {names.get(key, "driver"): value for key, value in values.items()}
 
+
+@functools.cache
+def description(device: str = "cpu") -> dict[str, object]:
+    """Device, threads, instruction set, versions and commit: what every number needs beside it."""
     return {
         "device": processor(),
         "threads": torch.get_num_threads(),
@@ -69,4 +112,4 @@ def description() -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),
-    }
+    } | (_gpu() if device == "cuda" else {})

@@ -1,15 +1,14 @@
 """What each operator is compared with. A peer is forward plus backward (or one update) on the inputs of a Case."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
 import cramfast.kernels
+from bench.attention_peers import attention_peers
+from bench.liger_peers import liger_peers
+from bench.timing import Work
 from cramfast.kernels import reference
 from cramfast.kernels.cases import Case
-
-Work = Callable[[], object]
 
 
 def forward_backward(case: Case, operators, inputs, compiled=False) -> Work:
@@ -48,34 +47,35 @@ def adamw_torch(inputs) -> Work:
     return work
 
 
-def attention_padded(inputs) -> Work:
-    """torch's scaled_dot_product_attention, padded to the longest sequence, with a key mask where lengths differ."""
-    lengths = inputs["cu_seqlens"].diff()
-    _, _, H, K = inputs["qkv"].shape
-    B, L = len(lengths), inputs["max_seqlen"]
-    qkv = torch.randn(B, L, 3, H, K).to(inputs["qkv"].dtype).requires_grad_()
-    full = bool((lengths == L).all())
-    mask = None if full else (torch.arange(L) < lengths[:, None])[:, None, None, :]
-    cotangent = torch.randn(B, H, L, K).to(qkv.dtype)
+def adamw_compiled(inputs) -> Work:
+    """Clip, update and half-precision copy in plain PyTorch without a wait for the device, compiled; same traffic."""
+    master, grad, exp_avg, exp_avg_sq, half = (
+        inputs[name].clone() for name in ("master", "grad", "exp_avg", "exp_avg_sq", "half")
+    )
+    step, beta1, beta2 = torch.zeros((), device=master.device), 0.9, 0.98
 
-    def work():
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        if inputs["rotary"] is not None:
-            cos, sin = (torch.cat([t, t], dim=-1)[:L].to(q.dtype) for t in inputs["rotary"])
-            q, k = (t * cos + torch.cat([-t[..., K // 2 :], t[..., : K // 2]], dim=-1) * sin for t in (q, k))
-        return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), qkv, cotangent)
+    def update():
+        norm = torch.linalg.vector_norm(grad)
+        g = grad * torch.clamp(0.5 / (norm + 1e-6), max=1.0)
+        step.add_(1)
+        exp_avg.lerp_(g, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + 1e-8
+        master.mul_(1 - 1e-2 * 0.01).sub_(1e-2 / (1 - beta1**step) * exp_avg / denominator)
+        half.copy_(master[: half.numel()])
 
-    return work
+    return torch.compile(update, dynamic=False)
 
 
 def cross_entropy_all_positions(inputs, mask_fraction=0.3) -> Work:
     """The decoder over every token, labels -100 where nothing is masked: what a stock masked language model does."""
     M, D = inputs["hidden"].shape
     N = round(M / mask_fraction)
-    hidden = torch.randn(N, D).to(inputs["hidden"].dtype).requires_grad_()
+    device = inputs["hidden"].device
+    hidden = torch.randn(N, D, device=device).to(inputs["hidden"].dtype).requires_grad_()
     weight = inputs["weight"].detach().clone().requires_grad_()
-    target = torch.full((N,), -100)
-    target[torch.randperm(N)[:M]] = inputs["target"]
+    target = torch.full((N,), -100, device=device)
+    target[torch.randperm(N, device=device)[:M]] = inputs["target"]
 
     def work():
         loss = F.cross_entropy(F.linear(hidden, weight).float(), target)
@@ -84,15 +84,26 @@ def cross_entropy_all_positions(inputs, mask_fraction=0.3) -> Work:
     return work
 
 
+def on_device(value, device: str):
+    """Inputs of a Case, or a part of them, on a device."""
+    if isinstance(value, dict):
+        return {key: on_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(on_device(item, device) for item in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
 def peers(case: Case, inputs) -> dict[str, Work]:
     """Name -> work, ours first; each does the job of one training step."""
+    on_gpu = next(v for v in inputs.values() if isinstance(v, torch.Tensor)).device.type == "cuda"
     if case.op == "adamw":
-        return {"ours": adamw_ours(inputs), "torch fused + clip": adamw_torch(inputs)}
+        found = {"ours": adamw_ours(inputs), "torch fused + clip": adamw_torch(inputs)}
+        return found | ({"torch.compile": adamw_compiled(inputs)} if on_gpu else {})
     found = {"ours": forward_backward(case, cramfast.kernels, inputs)}
     if case.op == "attention":
-        return found | {"padded SDPA": attention_padded(inputs)}
+        return found | attention_peers(inputs)
     found["eager"] = forward_backward(case, reference, inputs)
     found["torch.compile"] = forward_backward(case, reference, inputs, compiled=True)
     if case.op == "cross_entropy":
         found["logits of all tokens"] = cross_entropy_all_positions(inputs)
-    return found
+    return found | (liger_peers(case.op, inputs) if on_gpu else {})

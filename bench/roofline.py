@@ -1,4 +1,4 @@
-"""What bounds each operator on two cards, from the bytes and FLOPs of its Case: `python -m bench.roofline`, Markdown.
+"""What bounds each operator on three cards, from the bytes and FLOPs of its Case: `python -m bench.roofline`, Markdown.
 
 Predictions from data sheets, not measurements: the least time that traffic or arithmetic alone would take.
 """
@@ -28,6 +28,7 @@ class Card:
 CARDS = (
     Card("RTX 2080 Ti", 616e9, 53.8e12, 13.4e12),  # GeForce: half of the tensor rate when the sum is float32
     Card("RTX A6000", 768e9, 154.8e12, 38.7e12),
+    Card("H200", 4.8e12, 989e12, 67e12),  # SXM, without sparsity
 )
 
 

@@ -1,4 +1,5 @@
-"""Every operator against float64 of its reference: values, gradients, registration, compilation, repeatability."""
+"""Every operator against float64 of its reference: values, gradients, registration, compilation, repeatability; on
+every device there is, or on that of --device. On a GPU the implementation is the one that --kernels names."""
 
 import math
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 import cramfast.kernels
+from bench import machine
 from cramfast.kernels import attention, dispatch, extension, reference
 from cramfast.kernels.attention import varlen_attention
 from cramfast.kernels.cases import CASES
@@ -13,26 +15,34 @@ from cramfast.kernels.cross_entropy import masked_cross_entropy_fwd
 from cramfast.kernels.glu import glu_bwd, glu_fwd
 from cramfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
 
-DTYPES = (torch.float32, torch.bfloat16)
 
-
-def _grid():
+def _grid(device):
     for case in CASES:
         for shape in case.test_shapes:
-            for dtype in DTYPES if case.op != "adamw" else (torch.float32,):
+            for dtype in extension.storage_dtypes(device) if case.op != "adamw" else (torch.float32,):
                 name = "-".join(f"{k}={v}" for k, v in shape.items()).replace(" ", "")
-                yield pytest.param(case, shape, dtype, id=f"{case.op}-{name}-{str(dtype)[6:]}")
+                yield pytest.param(device, case, shape, dtype, id=f"{device}-{case.op}-{name}-{str(dtype)[6:]}")
 
 
-GRID = list(_grid())
+def pytest_generate_tests(metafunc):
+    devices = machine.devices(metafunc.config.getoption("--device"))
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize(("device", "case", "shape", "dtype"), [p for d in devices for p in _grid(d)])
+    elif "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", devices)
 
 
-def _convert(value, dtype):
+def _convert(value, dtype, device):
     if isinstance(value, tuple):
-        return tuple(_convert(v, dtype) for v in value)
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.to(dtype)
+        return tuple(_convert(v, dtype, device) for v in value)
+    if isinstance(value, torch.Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
     return value
+
+
+def _convert_all(inputs, dtype=None, device="cpu"):
+    """Inputs on a device; floating-point tensors in `dtype`, or as they are."""
+    return {k: _convert(v, dtype, device) for k, v in inputs.items()}
 
 
 def _evaluate(operators, case, inputs, cotangent_seed=1):
@@ -46,7 +56,7 @@ def _evaluate(operators, case, inputs, cotangent_seed=1):
     if wanted:
         generator = torch.Generator().manual_seed(cotangent_seed)
         # Cotangents are drawn in bfloat16 so that every dtype differentiates the same function.
-        cotangents = [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in outputs]
+        cotangents = [torch.randn(o.shape, generator=generator).bfloat16().to(o) for o in outputs]
         if not any(o.requires_grad for o in outputs):  # of empty sequences alone the reference makes a constant
             return result | {f"d{n}": torch.zeros_like(inputs[n]) for n in wanted}
         gradients = torch.autograd.grad(outputs, [inputs[n] for n in wanted], cotangents)
@@ -61,37 +71,46 @@ def _assert_as_good_as_eager(ours, eager, truth):
             assert ours[name].shape == true.shape
             continue
         ulp = torch.finfo(ours[name].dtype).eps * float(true.abs().max())
-        error = float((ours[name].double() - true).abs().max())
-        allowed = 2 * float((eager[name].double() - true).abs().max()) + ulp
+        error = float((ours[name].double().cpu() - true).abs().max())
+        allowed = 2 * float((eager[name].double().cpu() - true).abs().max()) + ulp
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 @pytest.fixture(autouse=True)
-def _needs_compiled_module():
+def _kernels_under_test(request):
     assert extension.module is not None, extension.missing_reason
+    if "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu":
+        yield
+        return
+    missing = machine.take_kernels(request.config.getoption("--kernels"))
+    try:
+        if "case" in request.fixturenames and (op := request.getfixturevalue("case").op) in missing:
+            pytest.skip(f"{op}: {missing[op]}")
+        yield
+    finally:
+        dispatch.override("all", "auto")
 
 
-@pytest.mark.parametrize(("case", "shape", "dtype"), GRID)
-def test_values_and_gradients_against_float64(case, shape, dtype):
+def assert_reproduces_reference(device, case, shape, dtype):
+    """Raise AssertionError where the operator that runs on this device now is worse than the rule allows."""
     inputs = case.make(**shape, dtype=dtype, seed=0)
     truth = _evaluate(reference, case, _convert_all(inputs, torch.float64))
-    eager = _evaluate(reference, case, inputs)
+    inputs = _convert_all(inputs, device=device)
     ours = _evaluate(cramfast.kernels, case, inputs)
     if shape.get("nonfinite"):
         assert math.isnan(ours["out3"][3]) and ours["out3"][4] == 1
         for i, name in enumerate(("master", "exp_avg", "exp_avg_sq")):
             assert torch.equal(ours[f"out{i}"], inputs[name])
         return
-    _assert_as_good_as_eager(ours, eager, truth)
+    _assert_as_good_as_eager(ours, _evaluate(reference, case, inputs), truth)
 
 
-def _convert_all(inputs, dtype):
-    return {k: _convert(v, dtype) for k, v in inputs.items()}
+def test_values_and_gradients_against_float64(device, case, shape, dtype):
+    assert_reproduces_reference(device, case, shape, dtype)
 
 
-@pytest.mark.parametrize(("case", "shape", "dtype"), GRID)
-def test_two_runs_and_any_thread_count_agree_bitwise(case, shape, dtype):
-    inputs = case.make(**shape, dtype=dtype, seed=3)
+def test_two_runs_and_any_thread_count_agree_bitwise(device, case, shape, dtype):
+    inputs = _convert_all(case.make(**shape, dtype=dtype, seed=3), device=device)
     threads = torch.get_num_threads()
     first = _evaluate(cramfast.kernels, case, inputs)
     second = _evaluate(cramfast.kernels, case, inputs)
@@ -108,10 +127,9 @@ def test_two_runs_and_any_thread_count_agree_bitwise(case, shape, dtype):
         assert torch.equal(value.nan_to_num(7.0), third[name].nan_to_num(7.0)), name
 
 
-@pytest.mark.parametrize(("case", "shape", "dtype"), GRID)
-def test_fresh_memory_filled_with_nan(case, shape, dtype, monkeypatch):
+def test_fresh_memory_filled_with_nan(device, case, shape, dtype, monkeypatch):
     """Every element of every output is written: torch.empty hands out NaN here."""
-    inputs = case.make(**shape, dtype=dtype, seed=5)
+    inputs = _convert_all(case.make(**shape, dtype=dtype, seed=5), device=device)
     if shape.get("nonfinite"):
         pytest.skip("the gradient is NaN on purpose")
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
@@ -126,46 +144,48 @@ def test_fresh_memory_filled_with_nan(case, shape, dtype, monkeypatch):
         assert torch.isfinite(value).all(), f"{name} has elements that no kernel wrote"
 
 
-def _smallest(op, dtype=torch.float32, **shape):
+def _smallest(op, device="cpu", dtype=torch.float32, **shape):
     case = next(c for c in CASES if c.op == op)
-    return case.make(**{**case.test_shapes[0], **shape}, dtype=dtype, seed=0)
+    return _convert_all(case.make(**{**case.test_shapes[0], **shape}, dtype=dtype, seed=0), device=device)
 
 
-def _raw_calls():
-    """Arguments for the registered operators themselves, below autograd."""
-    norm = _smallest("layernorm")
-    statistics = [torch.zeros(33), torch.ones(33)]
-    attend = _smallest("attention")
-    cos, sin = attend["rotary"]
-    where = (attend["cu_seqlens"], attend["max_seqlen"], cos, sin, -1)
-    out, lse = attention.attention_fwd(attend["qkv"], *where)
-    gate = _smallest("glu")["x"]
-    entropy = _smallest("cross_entropy")
-    adam = _smallest("adamw")
-    max_norm = adam.pop("max_norm")
-    return (
-        (layernorm_fwd, (norm["x"], norm["residual"], norm["weight"], None, 1e-5)),
-        (layernorm_bwd, (norm["x"], norm["residual"], norm["x"], *statistics, norm["weight"])),
-        (glu_fwd, (gate, "gelu")),
-        (glu_bwd, (gate[:, :512].contiguous(), gate, "gelu")),
-        (attention.attention_fwd, (attend["qkv"], *where)),
-        (attention.attention_bwd, (out, attend["qkv"], out, lse, *where)),
-        (masked_cross_entropy_fwd, (entropy["hidden"], entropy["weight"], entropy["target"], True)),
-        (torch.ops.cramfast.adamw.default, (*adam.values(), 0.9, 0.98, 1e-8, max_norm)),
-    )
+def _raw_calls(op, device):
+    """(operator, arguments) of the registered operators themselves, below autograd."""
+    inputs = _smallest(op, device)
+    if op == "layernorm":
+        x, residual, weight = inputs["x"], inputs["residual"], inputs["weight"]
+        statistics = [torch.zeros(33, device=device), torch.ones(33, device=device)]
+        return (
+            (layernorm_fwd, (x, residual, weight, None, 1e-5)),
+            (layernorm_bwd, (x, residual, x, *statistics, weight)),
+        )
+    if op == "glu":
+        x = inputs["x"]
+        return (glu_fwd, (x, "gelu")), (glu_bwd, (x[:, :512].contiguous(), x, "gelu"))
+    if op == "attention":
+        where = (inputs["cu_seqlens"], inputs["max_seqlen"], *inputs["rotary"], -1)
+        out, lse = attention.attention_fwd(inputs["qkv"], *where)
+        return (
+            (attention.attention_fwd, (inputs["qkv"], *where)),
+            (attention.attention_bwd, (out, inputs["qkv"], out, lse, *where)),
+        )
+    if op == "cross_entropy":
+        return ((masked_cross_entropy_fwd, (*inputs.values(), True)),)
+    max_norm = inputs.pop("max_norm")
+    return ((torch.ops.cramfast.adamw.default, (*inputs.values(), 0.9, 0.98, 1e-8, max_norm)),)
 
 
-@pytest.mark.parametrize("index", range(8))
-def test_opcheck(index):
-    operator, arguments = _raw_calls()[index]
-    results = torch.library.opcheck(operator, arguments)
-    assert results and set(results.values()) == {"SUCCESS"}
+@pytest.mark.parametrize("op", [op for op in dispatch.OPERATORS if op != "layernorm_glu"])  # made of two others
+def test_opcheck(device, op):
+    for operator, arguments in _raw_calls(op, device):
+        results = torch.library.opcheck(operator, arguments)
+        assert results and set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.gradients], ids=lambda c: c.op)
-def test_compiles_as_one_graph(case):
+def test_compiles_as_one_graph(device, case):
     """fullgraph: no graph break in forward or backward; aot_eager needs no C++ compiler on the user's machine."""
-    inputs = case.make(**case.test_shapes[0], dtype=torch.float32, seed=0)
+    inputs = _convert_all(case.make(**case.test_shapes[0], dtype=torch.float32, seed=0), device=device)
     names = [n for n in case.gradients if inputs.get(n) is not None]
 
     def total(**tensors):
@@ -181,20 +201,60 @@ def test_compiles_as_one_graph(case):
         torch.testing.assert_close(ours, plain)
 
 
-def test_half_copy_is_the_rounded_master():
-    adam = _smallest("adamw", P=20_000)
-    cramfast.kernels.adamw(**adam, beta1=0.9, beta2=0.98, eps=1e-8)
-    half = adam["half"]
-    assert torch.equal(half, adam["master"][: half.numel()].bfloat16())
+def _capture(function):
+    """The function's result as a CUDA graph writes it, and the graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()  # libraries allocate their workspaces outside the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return result, graph
 
 
-def test_bfloat16_rounding_and_nan_match_torch():
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.op)
+def test_a_captured_graph_replays_on_new_numbers(device, case):
+    """Capture succeeds, so nothing waits for the device; the kernels run on the capturing stream, not on stream 0."""
+    if device == "cpu":
+        pytest.skip("a graph needs a GPU")
+    dtype = torch.float32 if case.op == "adamw" else torch.float16
+    first, second = (_convert_all(case.make(**case.test_shapes[0], dtype=dtype, seed=s), device=device) for s in (0, 1))
+    leaves = [first[n].requires_grad_() for n in case.gradients if first.get(n) is not None]
+
+    def work():
+        outputs = case.run(cramfast.kernels, first)
+        if not leaves:
+            return outputs
+        return *outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+
+    captured, graph = _capture(work)
+    with torch.no_grad():
+        for name, value in second.items():
+            if isinstance(value, torch.Tensor):
+                first[name].copy_(value)
+    expected = [t.clone() for t in work()]
+    graph.replay()
+    for ours, plain in zip(captured, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_half_copy_is_the_rounded_master(device):
+    for half_dtype in extension.storage_dtypes(device)[1:]:
+        adam = _smallest("adamw", device, P=20_000)
+        adam["half"] = half = adam["half"].to(half_dtype)
+        cramfast.kernels.adamw(**adam, beta1=0.9, beta2=0.98, eps=1e-8)
+        assert torch.equal(half, adam["master"][: half.numel()].to(half_dtype))
+
+
+def test_bfloat16_rounding_and_nan_match_torch(device):
     special = [float("nan"), float("inf"), -float("inf"), 3.3895e38, 1e-40, 1.00390625, 1.01171875, -0.0]
-    values = torch.cat([torch.tensor(special), torch.randn(1000)])
+    values = torch.cat([torch.tensor(special), torch.randn(1000)]).to(device)
     master = values.clone()
-    ends, decay = torch.tensor([len(values)]), torch.zeros(1)
-    zero, half = torch.zeros_like(values), torch.zeros(len(values), dtype=torch.bfloat16)
-    scalars = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0])
+    ends, decay = torch.tensor([len(values)], device=device), torch.zeros(1, device=device)
+    zero, half = torch.zeros_like(values), torch.zeros_like(values, dtype=torch.bfloat16)
+    scalars = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], device=device)
     cramfast.kernels.adamw(
         master, zero, zero.clone(), zero.clone(), half, ends, decay, scalars, beta1=0.9, beta2=0.9, eps=1.0, max_norm=0
     )
@@ -203,11 +263,11 @@ def test_bfloat16_rounding_and_nan_match_torch():
     assert torch.equal(half.nan_to_num(0.0), expected.nan_to_num(0.0))
 
 
-def test_loss_chunks_agree_with_one_chunk(monkeypatch):
+def test_loss_chunks_agree_with_one_chunk(device, monkeypatch):
     from cramfast.kernels import cross_entropy
 
     case = next(c for c in CASES if c.op == "cross_entropy")
-    inputs = case.make(M=100, D=64, V=640, dtype=torch.float32, seed=0)
+    inputs = _smallest("cross_entropy", device, M=100, D=64, V=640)
     whole = _evaluate(cramfast.kernels, case, inputs)
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 640 * 4)
     pieces = _evaluate(cramfast.kernels, case, inputs)

@@ -1,0 +1,80 @@
+"""A pytest plugin (-p pretended_gpu) that lets the benchmarks' GPU path run on a CPU: what asks for "cuda" gets the
+CPU, events read the wall clock, sizes are toys. It shows that the path runs from end to end, not that a GPU would
+agree. With PRETENDED_FAULT=1 the gate is wrong."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+SHAPES = {
+    "attention": ({"lengths": (16, 9), "H": 1, "K": 64, "rotary": False},),
+    "adamw": ({"P": 4096},),
+    "cross_entropy": ({"M": 8, "D": 16, "V": 64},),
+    "layernorm": ({"N": 16, "D": 64},),
+    "glu": ({"N": 16, "F": 64},),
+    "layernorm_glu": ({"N": 16, "D": 32, "F": 16},),
+}
+PROPERTIES = SimpleNamespace(
+    name="pretended", major=9, minor=0, multi_processor_count=1, total_memory=1, uuid="00000000-0000"
+)
+
+
+class Redirected(TorchFunctionMode):
+    """ "cuda" becomes "cpu" in every call of torch."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def there(value):
+            return "cpu" if isinstance(value, str) and value == "cuda" else value
+
+        return function(*map(there, args), **{name: there(value) for name, value in (kwargs or {}).items()})
+
+
+class Event:
+    """The wall clock; the work between two of them has always ended by the time the second is recorded."""
+
+    def __init__(self, enable_timing):
+        self.at = 0.0
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+redirected = Redirected()
+
+
+@pytest.hookimpl(tryfirst=True)  # conftest.py asks for a GPU in the same hook
+def pytest_configure():
+    torch.cuda.is_available = lambda: True
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.get_device_properties = lambda *_: PROPERTIES
+    torch.cuda.Event = Event
+    from bench import goals, machine, timing
+
+    goals.SHAPES = SHAPES
+    machine.CUDA_MATMULS, machine.CUDA_COPY_BYTES = ((32, 32, 32),), 1 << 20
+    timing.COLD_BYTES, timing.HEAD_START_S = 1 << 16, 1e-6
+    machine.take_kernels = lambda implementation: {}
+    redirected.__enter__()
+    if os.environ.get("PRETENDED_FAULT"):
+        import cramfast.kernels
+
+        right = cramfast.kernels.glu
+        cramfast.kernels.glu = lambda *a, **k: right(*a, **k) * 1.1
+
+
+def pytest_unconfigure():
+    redirected.__exit__(None, None, None)
