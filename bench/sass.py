@@ -50,7 +50,7 @@ class Kernel:
     architecture: int
     threads: int
     registers: int
-    shared_bytes: int  # static; what a launch adds is not known here
+    shared_bytes: int  # static, and what the launcher adds (launched_bytes)
     stack_bytes: int
     spill_bytes: int
     wide_loads: int | None = None
@@ -79,9 +79,10 @@ class Kernel:
             found.append(f"{self.spill_bytes} bytes of registers spilled")
         if self.local_accesses:
             found.append(f"{self.local_accesses} accesses to local memory")
-        if self.wide_loads == 0 and needs_wide_loads(self.name):
+        attends = needs_tensor_cores(self.name, self.architecture)
+        if self.wide_loads == 0 and (attends or needs_wide_loads(self.name)):
             found.append("no 16-byte global load")
-        if self.tensor_core == 0 and needs_tensor_cores(self.name):
+        if self.tensor_core == 0 and attends:
             found.append("no tensor-core instruction")
         return found
 
@@ -94,9 +95,19 @@ def needs_wide_loads(name: str) -> bool:
     return bool(match) and int(match[1]) > 1
 
 
-def needs_tensor_cores(name: str) -> bool:
-    """Attention, but for its kernels around the matmuls and for float32, which has no tensor-core form here."""
-    return bool(re.match(r"attention_\w*kernel<(?:bf16|f16)", name))
+def needs_tensor_cores(name: str, architecture: int) -> bool:
+    """Attention in half precision, but for bfloat16 before sm_80, where the launcher refuses an empty kernel."""
+    match = re.match(r"attention_\w+_(?:fwd|bwd)_kernel<(bf16|f16)", name)
+    return bool(match) and (match[1] == "f16" or architecture >= 80)
+
+
+def launched_bytes(name: str, architecture: int) -> int:
+    """Dynamic shared memory, which no compiler knows; the sources hold static_asserts of the same numbers."""
+    if match := re.match(r"attention_short_fwd_kernel<\w+, (\d+)>", name):
+        return 512 * int(match[1])
+    if match := re.match(r"attention_short_bwd_kernel<\w+, (\d+)>", name):
+        return 96 << 10 if architecture >= 80 and match[1] == "64" else 64 << 10
+    return 0
 
 
 def nvcc() -> str:
@@ -177,6 +188,8 @@ def compile_kernels(source: Path, architecture: int) -> list[Kernel]:
         tool = cuobjdump()
         instructions = parse_sass(_output([tool, "-sass", str(cubin)]).stdout) if tool else {}
     names = readable(list(resources))
+    for symbol, values in resources.items():
+        values["shared_bytes"] += launched_bytes(names[symbol], architecture)
     return [
         Kernel(names[symbol], architecture, threads[symbol], **values, **instructions.get(symbol, {}))
         for symbol, values in resources.items()
@@ -198,8 +211,9 @@ def table(kernels: list[Kernel]) -> str:
         "# Compiled kernels",
         "",
         f"Written by `python -m bench.sass --write` with nvcc {version[1] if version else '?'}. From the compiler",
-        "alone: no time is measured here. Shared memory is the static part, which occupancy counts with threads and",
-        "registers.",
+        "alone: no time is measured here. Shared memory is what a block takes, static and dynamic; occupancy counts",
+        "it, threads and registers. Attention in bfloat16 has no body on sm_75: its launcher refuses. HMMA counts",
+        "instructions in the code; those in a loop run more than once.",
         "",
         "| kernel | sm | threads | registers | shared B | spilled B | blocks/SM | occupancy | LDG.128 | HMMA |",
         "|---|---|---|---|---|---|---|---|---|---|",

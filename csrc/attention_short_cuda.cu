@@ -109,7 +109,8 @@ DEVICE void softmax(Scores& z, const Tile& tile, const Keys& keys, float scale, 
 }
 
 template <int width>
-constexpr int forward_bytes = 2 * block_rows * width * 2;
+constexpr int forward_bytes = 2 * block_rows * width * 2;  // k and v
+static_assert(forward_bytes<64> == 32 << 10, "two blocks on a multiprocessor of sm_75");
 
 template <class T, int width>
 __global__ void __launch_bounds__(threads, width < 128 ? 2 : 1)
@@ -164,8 +165,12 @@ struct Layout {
   static constexpr int exchange = apart ? v + matrix : all_fit ? k : v;  // P, then dz
   static constexpr int end = exchange + square > v + matrix ? exchange + square : v + matrix;
   static constexpr int bytes = end * 2;
-  static_assert(bytes <= (sm80 ? 99 << 10 : 64 << 10), "a block of sm_86, of sm_75 has no more");
 };
+static_assert(Layout<32, false>::bytes == 64 << 10 && Layout<64, false>::bytes == 64 << 10 &&
+                  Layout<128, false>::bytes == 64 << 10,
+              "a block of sm_75 has no more");
+static_assert(Layout<32, true>::bytes == 64 << 10 && Layout<128, true>::bytes == 64 << 10);
+static_assert(Layout<64, true>::bytes == 96 << 10, "a block of sm_86 has 99 KiB; two fit on sm_90");
 
 // Rows of P or dz, (queries, keys), that warps hand to each other.
 template <class T>

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.sass import Kernel, needs_tensor_cores, needs_wide_loads, parse_ptxas, parse_sass
+from bench.sass import Kernel, launched_bytes, needs_tensor_cores, needs_wide_loads, parse_ptxas, parse_sass
 
 LOG = """\
 ptxas info    : Compiling entry function '_Z1aPf' for 'sm_75'
@@ -55,7 +55,16 @@ def test_each_problem_is_named():
     assert len(bad.problems()) == 3
     assert not needs_wide_loads("glu_fwd_kernel<bf16, 1, Gelu>") and not needs_wide_loads("layernorm_sum_kernel")
     assert needs_wide_loads("cross_entropy_kernel<f16, 8, 0>") and needs_wide_loads("adamw_norm_kernel")
-    assert needs_tensor_cores("attention_fwd_kernel<f16, 64>") and not needs_tensor_cores(
-        "glu_fwd_kernel<f16, 8, Gelu>"
-    )
-    assert Kernel("attention_fwd_kernel<f16, 64>", 86, 128, 32, 0, 0, 0, 1, 0, 0).problems()
+    assert needs_tensor_cores("attention_short_fwd_kernel<f16, 64>", 75)
+    assert needs_tensor_cores("attention_short_bwd_kernel<bf16, 64>", 86)
+    assert not needs_tensor_cores("attention_short_bwd_kernel<bf16, 64>", 75)  # has no body
+    assert not needs_tensor_cores("attention_plain_fwd_kernel<64>", 86)
+    assert not needs_tensor_cores("glu_fwd_kernel<f16, 8, Gelu>", 86)
+    assert Kernel("attention_short_fwd_kernel<f16, 64>", 86, 128, 32, 0, 0, 0, 1, 0, 0).problems()
+
+
+def test_dynamic_shared_memory_is_counted():
+    assert launched_bytes("attention_short_fwd_kernel<f16, 64>", 75) == 32 << 10
+    assert launched_bytes("attention_short_bwd_kernel<f16, 64>", 75) == 64 << 10
+    assert launched_bytes("attention_short_bwd_kernel<bf16, 64>", 86) == 96 << 10
+    assert launched_bytes("glu_fwd_kernel<f16, 8, Gelu>", 86) == 0
