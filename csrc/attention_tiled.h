@@ -52,6 +52,10 @@ template <int width, class S>
 constexpr int y_offset = statistics_offset<width, S> + 2 * 2 * S::columns * 4;
 template <int width, class S>
 constexpr int shared_bytes = y_offset<width, S> + (S::y_in_registers ? 0 : S::rows * width * 2);
+static_assert(shared_bytes<64, ShapeOf<64, false, false>> == 16896 &&
+                  shared_bytes<64, ShapeOf<64, false, true>> == 33792 &&
+                  shared_bytes<128, ShapeOf<128, true>> == 49408,
+              "tests/test_sass.py has these numbers too");
 
 // The 16 rows of a warp (none when `position` is at or past the length) and the columns of its block. The window is
 // symmetric: queries see keys as keys are seen by queries.

@@ -137,7 +137,7 @@ def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
 
     Raises:
         ValueError: offsets that do not start at 0, decrease or pass N; a head width no kernel was built for; on a GPU
-            what no CUDA kernel takes (bfloat16 before sm_80, half precision beyond 128 tokens).
+            what no CUDA kernel takes (bfloat16 before sm_80, half precision beyond 8,192 tokens).
 
     Softmax and sums run in float32; the largest error is at most twice that of eager PyTorch in the same dtype
     (tests/test_ops.py). Source: Dao et al., arXiv:2205.14135.
