@@ -107,6 +107,11 @@ def launched_bytes(name: str, architecture: int) -> int:
         return 512 * int(match[1])
     if match := re.match(r"attention_short_bwd_kernel<\w+, (\d+)>", name):
         return 96 << 10 if architecture >= 80 and match[1] == "64" else 64 << 10
+    if match := re.match(r"attention_tiled_[fb]wd_kernel<\w+, (\d+)(, true)?", name):
+        width, keys = int(match[1]), bool(match[2])
+        columns = {32: 32, 64: 32, 128: 16} if keys else {32: 64, 64: 64 if architecture >= 80 else 32, 128: 32}
+        own_rows = 128 if keys and width == 128 else 0
+        return columns[width] * (8 * width + 16) + own_rows * width * 2
     return 0
 
 

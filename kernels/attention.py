@@ -123,10 +123,12 @@ def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
     """Attend within each packed sequence, in both directions.
 
     Args:
-        qkv: (N, 3, H, K), float32 or bfloat16; N tokens of all sequences end to end; K is 32, 64 or 128.
+        qkv: (N, 3, H, K), float32 or bfloat16, on a GPU float16 too; N tokens of all sequences end to end; K is 32, 64
+            or 128.
         cu_seqlens: (S + 1,), int32, offsets of the sequences; equal neighbours mean an empty one. Rows after the last
             offset belong to no sequence: their output and gradient are zero.
-        max_seqlen: length in tokens that no sequence exceeds.
+        max_seqlen: length in tokens that no sequence exceeds; on a GPU it chooses the kernel, and a longer sequence
+            stops the launch.
         rotary: (cos, sin), each (max_seqlen or more, K / 2) float32, or None.
         window: largest |i - j| attended, or None for all.
 
@@ -134,7 +136,8 @@ def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
         (N, H, K), the dtype of `qkv`.
 
     Raises:
-        ValueError: offsets that do not start at 0, decrease or pass N; a head width no kernel was built for.
+        ValueError: offsets that do not start at 0, decrease or pass N; a head width no kernel was built for; on a GPU
+            what no CUDA kernel takes (bfloat16 before sm_80, half precision beyond 8,192 tokens).
 
     Softmax and sums run in float32; the largest error is at most twice that of eager PyTorch in the same dtype
     (tests/test_ops.py). Source: Dao et al., arXiv:2205.14135.

@@ -163,7 +163,9 @@ def _run_adamw(operators, inputs):
 
 
 def _attention_bytes(lengths, H, K, dtype, **_):
-    return sum(lengths) * H * K * _size(dtype) * (3 + 1 + 3 + 1 + 1 + 3)
+    """qkv, out; qkv, dout, dqkv; and out once more where no kernel keeps whole rows of scores, beyond 128 tokens."""
+    tensors = sum(n * (3 + 1 + 3 + 1 + 3 + (n > 128)) for n in lengths)
+    return tensors * H * K * _size(dtype)
 
 
 def _attention_flops(lengths, H, K, dtype, window=None, **_):

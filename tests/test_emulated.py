@@ -74,8 +74,6 @@ def _refusal(case, shape, dtype, module):
     """What a CUDA operator says that does not take the case, or an empty string."""
     if case.op != "attention" or dtype == torch.float32:
         return ""
-    if max(shape["lengths"]) > SHORT:
-        return "up to 128 tokens"
     return "bfloat16 needs sm_80" if dtype == torch.bfloat16 and module.architecture < 800 else ""
 
 

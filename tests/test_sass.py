@@ -67,4 +67,7 @@ def test_dynamic_shared_memory_is_counted():
     assert launched_bytes("attention_short_fwd_kernel<f16, 64>", 75) == 32 << 10
     assert launched_bytes("attention_short_bwd_kernel<f16, 64>", 75) == 64 << 10
     assert launched_bytes("attention_short_bwd_kernel<bf16, 64>", 86) == 96 << 10
+    assert launched_bytes("attention_tiled_fwd_kernel<f16, 64>", 75) == 16896
+    assert launched_bytes("attention_tiled_bwd_kernel<f16, 64, false>", 86) == 33792
+    assert launched_bytes("attention_tiled_bwd_kernel<bf16, 128, true>", 90) == 49408
     assert launched_bytes("glu_fwd_kernel<f16, 8, Gelu>", 86) == 0
