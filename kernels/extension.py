@@ -96,8 +96,9 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.
         raise ValueError(f"{name}: not aligned to 16 bytes; clone the slice first")
 
 
-def check_activations(name: str, tensor: torch.Tensor) -> None:
+def check_activations(name: str, tensor: torch.Tensor, implementation: str = "cpp") -> None:
     """Raise ValueError unless the tensor is stored in a supported dtype, contiguous and aligned."""
-    if tensor.dtype not in storage_dtypes("cuda" if emulated else tensor.device.type):
+    for_gpus = emulated or implementation == "triton"  # wherever these run, they are kernels for a GPU
+    if tensor.dtype not in storage_dtypes("cuda" if for_gpus else tensor.device.type):
         raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; use float32 or bfloat16")
     check(name, tensor, tuple(tensor.shape), tensor.dtype)
