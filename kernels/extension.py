@@ -44,7 +44,7 @@ except (ImportError, OSError) as error:  # shown by doctor and at the start of e
 def storage_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
     """What the kernels of a device take; float16 is for GPUs, Turing above all, which has no bfloat16."""
     widths = (torch.float32, torch.bfloat16)
-    return (*widths, torch.float16) if device_type == "cuda" else widths
+    return widths if device_type == "cpu" else (*widths, torch.float16)
 
 
 # Operator -> emulated module that takes its calls on CPU tensors; filled by dispatch.override alone.
