@@ -109,6 +109,15 @@ def test_two_runs_agree_bitwise_and_every_element_is_written(case, shape, dtype,
         assert torch.equal(value.nan_to_num(7.0), second[name].nan_to_num(7.0)), name
 
 
+def test_every_partial_sum_is_added(monkeypatch):
+    """A tile of one row, so that the four partial sums there are in the interpreter take four turns."""
+    from cramfast.kernels import triton_layernorm
+
+    monkeypatch.setattr(triton_layernorm, "SUM_ROWS", 1)
+    case = next(case for case in CASES if case.op == "layernorm")
+    _check(case, {"N": 70, "D": 40, "bias": True}, torch.float32)
+
+
 def test_tiles_of_the_fused_kernel_in_groups(monkeypatch):
     """More tiles of rows than a group holds, the last group not full."""
     from cramfast.kernels import triton_layernorm_glu
