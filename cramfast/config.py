@@ -116,6 +116,8 @@ class TrainConfig:
     seed: int = 0
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
+    kernels: tuple[str, ...] = ()
+    """OPERATOR=IMPLEMENTATION in place of what is chosen, as attention=flash_attn; cramfast.doctor lists them."""
     eval_interval: float = 300.0
     """Seconds of training between held-out evaluations; they cost no budget."""
     heldout_tokens: int = 131072

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 import cramfast.kernels
+from cramfast import kernelchoice
 from cramfast.errors import UserError, command
 from cramfast.kernels import dispatch, extension, reference
 from cramfast.kernels.cases import CASES, Case, Inputs
@@ -34,14 +35,13 @@ PACKAGES = (
     "flash-attn",
     "apex",
 )
-PEERS = ("flash-attn", "apex")  # nothing of ours needs them; benchmarks compare with them
 SHAPES_CHECKED = 2  # of each Case: a plain one and one with other options
 
 
 @dataclass(frozen=True)
 class Check:
-    """One operator in one dtype: `problem` is "" when it reproduces the reference; `worst` is the largest of error
-    divided by allowed error over its outputs and gradients."""
+    """One operator in one dtype: `problem` is "" when it reproduces the reference (or cannot run there, as the choice
+    says); `worst` is the largest of error divided by allowed error over its outputs and gradients."""
 
     choice: dispatch.Choice
     worst: float
@@ -51,6 +51,31 @@ class Check:
 def op_table(device: str | None = None) -> list[dispatch.Choice]:
     """What runs for every operator and dtype on a device, and why; the GPU if there is one unless told otherwise."""
     return dispatch.table(device or default_device())
+
+
+def possible(choices: list[dispatch.Choice]) -> list[tuple[str, str, str]]:
+    """(operator, its dtypes, the implementations that could run in place of the chosen one)."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for choice in choices:
+        dtype = getattr(torch, choice.dtype)
+        others = [
+            name
+            for name in dispatch.IMPLEMENTATIONS[choice.op]
+            if name != choice.implementation and not dispatch.obstacle(choice.op, name, choice.device, dtype)
+        ]
+        found.setdefault((choice.op, ", ".join(others)), []).append(choice.dtype)
+    return [(op, ", ".join(dtypes), others) for (op, others), dtypes in found.items()]
+
+
+def impossible(device: str) -> list[tuple[str, str, str]]:
+    """(implementation, its operators, why it cannot run on this device and how to get it), without repetitions."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for op, implementations in dispatch.IMPLEMENTATIONS.items():
+        for name in implementations:
+            for dtype in extension.storage_dtypes(device):
+                if why := dispatch.obstacle(op, name, device, dtype):
+                    found.setdefault((name, why), []).append(op)
+    return [(name, ", ".join(dict.fromkeys(ops)), why) for (name, why), ops in sorted(found.items())]
 
 
 def default_device() -> str:
@@ -65,6 +90,8 @@ def check_operators(device: str) -> list[Check]:
 
 
 def _check(case: Case, choice: dispatch.Choice) -> Check:
+    if choice.obstacle:
+        return Check(choice, 0.0, "")
     dtype = getattr(torch, choice.dtype)
     worst, problem = 0.0, ""
     for shape in case.test_shapes[:SHAPES_CHECKED]:
@@ -73,7 +100,7 @@ def _check(case: Case, choice: dispatch.Choice) -> Check:
         try:
             eager = _evaluate(reference, case, _convert(inputs, choice.device))
             ours = _evaluate(cramfast.kernels, case, _convert(inputs, choice.device))
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, ImportError) as error:
             return Check(choice, float("inf"), f"failed: {str(error).strip().splitlines()[0]}")
         for name, true in truth.items():
             # The rule of tests/test_ops.py: twice the error of eager PyTorch, plus one ulp of the largest value.
@@ -207,10 +234,6 @@ def missing() -> list[tuple[str, str, str]]:
             rows.append(("CUDA kernels", "PyTorch's operators run on the GPU instead", how))
         if importlib.util.find_spec("triton") is None:
             rows.append(("triton", "no torch.compile and no Triton kernels on the GPU", "pip install triton"))
-        for name in PEERS:
-            if _version(name) == "not installed":
-                how = "pip install flash-attn" if name == "flash-attn" else "github.com/NVIDIA/apex, built from source"
-                rows.append((name, "nothing in training; benchmarks cannot compare with it", how))
     if importlib.util.find_spec("datasets") is None:
         rows.append(("datasets", "--data hf:NAME does not work", "pip install -e '.[hf]'"))
     return rows
@@ -222,6 +245,8 @@ class Arguments:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device whose operators are shown and checked."""
+    kernels: tuple[str, ...] = ()
+    """OPERATOR=IMPLEMENTATION to show and check instead of the one chosen, as attention=flash_attn."""
 
 
 def main() -> None:
@@ -230,10 +255,12 @@ def main() -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    device = tyro.cli(Arguments, prog="python -m cramfast.doctor").device
+    arguments = tyro.cli(Arguments, prog="python -m cramfast.doctor")
+    device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU — leave --device out to see what is missing")
     device = default_device() if device == "auto" else device
+    kernelchoice.override(arguments.kernels, device)
     console = Console()
     _print(console, "Machine", ("", ""), machine())
     _print(console, "Versions", ("", ""), versions())
@@ -244,6 +271,10 @@ def main() -> None:
     for check in checks:
         if check.problem:
             console.print(f"[red]{check.choice.op}, {check.choice.dtype}:[/]", escape(check.problem), highlight=False)
+    columns = ("op", "dtypes", "--kernels OP=")
+    _print(console, f"Could run on {device} if asked for", columns, possible([check.choice for check in checks]))
+    columns = ("implementation", "of", "why not, and how to get it")
+    _print(console, f"Cannot run on {device}", columns, impossible(device))
     if missing():
         _print(console, "Missing", ("what", "what that costs", "how to get it"), missing())
     wrong = sorted({check.choice.op for check in checks if check.problem})
@@ -257,6 +288,8 @@ def main() -> None:
 
 def _row(check: Check) -> tuple[str, ...]:
     choice, verdict = check.choice, "WRONG" if check.problem else "ok"
+    if choice.obstacle:
+        return choice.op, choice.dtype, choice.implementation, "–", "impossible", choice.obstacle
     return (
         choice.op,
         choice.dtype,

@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
+from cramfast import kernelchoice
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.feed import tensors_of
-from cramfast.kernels import dispatch
 from cramfast.ledger import Clock
 from cramfast.loader import Batch
 from cramfast.model import Encoder
@@ -116,7 +116,7 @@ def graph_choice(config: TrainConfig) -> tuple[bool, str]:
     problem = ""
     if config.device != "cuda":
         problem = "only a GPU has them"
-    elif dispatch.choose("attention", config.device, getattr(torch, config.dtype)).implementation == "reference":
+    elif kernelchoice.attention(config).implementation == "reference":
         problem = "attention in plain PyTorch reads the sequences' lengths on the host"
     elif config.nvtx == "layers":
         problem = "a replay shows no ranges around layers"

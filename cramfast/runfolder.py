@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from cramfast import checkpoint
+from cramfast import checkpoint, kernelchoice
 from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config, to_json
 from cramfast.errors import UserError
-from cramfast.kernels import dispatch
 from cramfast.loader import read_manifest
 from cramfast.metrics import measure_matmul_peak
 from cramfast.model import Encoder
@@ -118,7 +117,7 @@ def describe(config: TrainConfig, model: Encoder) -> dict[str, Any]:
         "config_hash": config_hash(config),
         "versions": {name: version(name) for name in ("cramfast", "torch", "numpy")}
         | {"python": sys.version.split()[0]},
-        "kernels": [asdict(dispatch.choose(op, device.type, dtype)) for op in dispatch.OPERATORS],
+        "kernels": [asdict(choice) for choice in kernelchoice.choices(config)],
         "matmul_peak_flops": peak,
     }
 

@@ -7,20 +7,32 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from cramfast import checkpoint, demo, export, prepare, report
+from cramfast import checkpoint, demo, export, kernelchoice, prepare, report
 from cramfast.config import TrainConfig
-from cramfast.kernels import dispatch
+from cramfast.errors import UserError
 from cramfast.microbatch import graph_choice
 from cramfast.progress import Stages
 from cramfast.record import read_record, span
 
 
-def print_kernels(config: TrainConfig) -> None:
-    """One line per operator: the implementation this run's device and dtype take, and why."""
+def choose_kernels(config: TrainConfig, followed: Path | None = None) -> None:
+    """Take the implementations that the config asks for; print one line per operator: what runs, and why.
+
+    Where the run goes on with another or repeats it (`followed`), say what ran on something else there.
+
+    Raises:
+        UserError: an operator or implementation that does not exist, or cannot run on this device in this dtype.
+    """
+    kernelchoice.override(config.kernels, config.device)
+    chosen = kernelchoice.choices(config)
+    for choice in chosen:
+        if choice.obstacle:
+            raise UserError(f"--kernels {choice.op}={choice.implementation} is not possible: {choice.obstacle}")
     print(f"kernels on {config.device}, {config.dtype}, {torch.get_num_threads()} threads:")
-    for op in dispatch.OPERATORS:
-        choice = dispatch.choose(op, config.device, getattr(torch, config.dtype))
-        print(f"  {op:<14} {choice.implementation:<10} {choice.reason}", flush=True)
+    for choice in chosen:
+        print(f"  {choice.op:<14} {choice.implementation:<10} {choice.reason}", flush=True)
+    if followed and (changed := kernelchoice.changes(chosen, followed)):
+        print(f"note: {followed} had {', '.join(changed)}: what follows is close to it, not equal bit for bit")
 
 
 def print_graph(config: TrainConfig) -> None:

@@ -202,7 +202,7 @@ def main() -> None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
     allow_half_accumulation(config.half_accumulation)
-    stages.print_kernels(config)
+    stages.choose_kernels(config, request.run_dir if request.resuming else request.replay)
     stages.print_graph(config)
     budget = choose_budget(request)
     prepared, config = stages.prepare_text(config)

@@ -1,20 +1,23 @@
-"""AdamW over flat buffers: csrc/adamw.h."""
+"""AdamW over flat buffers: csrc/adamw.h, triton_adamw.py."""
 
 import torch
 
-from cramfast.kernels import dispatch, extension, reference
+from cramfast.kernels import dispatch
 from cramfast.kernels.extension import DTYPE_CODES, check, check_activations
 from cramfast.kernels.registry import register
 
 
-def _adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, scalars, beta1, beta2, eps, max_norm):
+def _adamw(
+    master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, scalars, beta1, beta2, eps, max_norm,
+    implementation="cpp",
+):  # fmt: skip
     size = master.numel()
     for name, buffer in (("master", master), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         check(name, buffer, (size,), torch.float32)
     if half is not None:
         if half.dtype == torch.float32:
             raise ValueError("half: float32; use bfloat16, or float16 on a GPU")
-        check_activations("half", half)
+        check_activations("half", half, implementation)
         if half.numel() > size:
             raise ValueError(f"half: {half.numel()} elements for a master of {size}")
     segments = segment_end.numel()
@@ -23,9 +26,10 @@ def _adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, 
     check("scalars", scalars, (5,), torch.float32)
     if segment_end.device.type == "cpu" and (segments == 0 or int(segment_end[-1]) != size):
         raise ValueError(f"segment_end: must end at {size}")
-    partials = extension.call("adamw_partials", master, size)
+    launch = dispatch.launcher(implementation)
+    partials = launch("adamw_partials", master, size)
     partial = torch.empty(partials, dtype=torch.float64, device=master.device)
-    extension.call(
+    launch(
         "adamw",
         master,
         master,
@@ -55,7 +59,7 @@ def _adamw_fake(*_):
 _adamw_op = register(
     "adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? half,"
     " Tensor segment_end, Tensor segment_decay, Tensor(e!) scalars, float beta1, float beta2, float eps,"
-    " float max_norm) -> ()",
+    ' float max_norm, str implementation="cpp") -> ()',
     _adamw,
     _adamw_fake,
 )
@@ -83,7 +87,8 @@ def adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, s
     Source: Loshchilov and Hutter, arXiv:1711.05101.
     """
     buffers = (master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, scalars)
-    if dispatch.uses_reference("adamw", master):
-        reference.adamw(*buffers, beta1=beta1, beta2=beta2, eps=eps, max_norm=max_norm)
+    implementation, function = dispatch.pick("adamw", master)
+    if function:
+        function(*buffers, beta1=beta1, beta2=beta2, eps=eps, max_norm=max_norm)
     else:
-        _adamw_op(*buffers, beta1, beta2, eps, max_norm)
+        _adamw_op(*buffers, beta1, beta2, eps, max_norm, implementation)

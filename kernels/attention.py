@@ -2,7 +2,7 @@
 
 import torch
 
-from cramfast.kernels import dispatch, extension, reference
+from cramfast.kernels import dispatch, extension
 from cramfast.kernels.extension import DTYPE_CODES, check, check_activations
 from cramfast.kernels.registry import register
 
@@ -142,8 +142,9 @@ def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
     Softmax and sums run in float32; the largest error is at most twice that of eager PyTorch in the same dtype
     (tests/test_ops.py). Source: Dao et al., arXiv:2205.14135.
     """
-    if dispatch.uses_reference("attention", qkv):
-        return reference.varlen_attention(qkv, cu_seqlens, max_seqlen, rotary, window)
+    _, function = dispatch.pick("attention", qkv, windowed=window is not None)
+    if function:
+        return function(qkv, cu_seqlens, max_seqlen, rotary, window)
     cos, sin = rotary if rotary is not None else (None, None)
     if window is not None and window < 0:
         raise ValueError(f"window: {window} is negative; use None for no limit")

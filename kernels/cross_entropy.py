@@ -1,8 +1,8 @@
-"""Loss over the masked positions from hidden states and the tied decoder: csrc/cross_entropy.h."""
+"""Loss over the masked positions from hidden states and decoder: csrc/cross_entropy.h, triton_cross_entropy.py."""
 
 import torch
 
-from cramfast.kernels import dispatch, extension, reference
+from cramfast.kernels import dispatch
 from cramfast.kernels.extension import DTYPE_CODES, check, check_activations
 from cramfast.kernels.registry import register
 
@@ -10,10 +10,10 @@ from cramfast.kernels.registry import register
 CHUNK_BYTES = 32 << 20
 
 
-def _forward(hidden_MD, weight_VD, target_M, want_gradient):
+def _forward(hidden_MD, weight_VD, target_M, want_gradient, implementation="cpp"):
     M, D = hidden_MD.shape
     V = weight_VD.shape[0]
-    check_activations("hidden", hidden_MD)
+    check_activations("hidden", hidden_MD, implementation)
     check("weight", weight_VD, (V, D), hidden_MD.dtype)
     check("target", target_M, (M,), torch.int64)
     if hidden_MD.device.type == "cpu" and M and int(target_M.max()) >= V:
@@ -21,12 +21,13 @@ def _forward(hidden_MD, weight_VD, target_M, want_gradient):
     loss, dhidden_MD, dweight_VD = _forward_fake(hidden_MD, weight_VD, target_M, want_gradient)
     loss_M = torch.empty(M, dtype=torch.float32, device=hidden_MD.device)
     scale = (target_M >= 0).sum().clamp(min=1).float().reciprocal()
+    launch = dispatch.launcher(implementation)
     rows = max(1, CHUNK_BYTES // (V * hidden_MD.element_size()))
     for begin in range(0, M, rows):
         chunk = slice(begin, min(M, begin + rows))
         logits_mV = hidden_MD[chunk] @ weight_VD.t()
         target_m = target_M[chunk]
-        extension.call(
+        launch(
             "cross_entropy",
             hidden_MD,
             logits_mV,
@@ -47,7 +48,7 @@ def _forward(hidden_MD, weight_VD, target_M, want_gradient):
     return loss, dhidden_MD, dweight_VD
 
 
-def _forward_fake(hidden_MD, weight_VD, target_M, want_gradient):
+def _forward_fake(hidden_MD, weight_VD, target_M, want_gradient, implementation="cpp"):
     loss = torch.empty((), dtype=torch.float32, device=hidden_MD.device)
     if not want_gradient:
         return loss, hidden_MD.new_empty(0), weight_VD.new_empty(0)
@@ -55,8 +56,8 @@ def _forward_fake(hidden_MD, weight_VD, target_M, want_gradient):
 
 
 masked_cross_entropy_fwd = register(
-    "masked_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor target, bool want_gradient)"
-    " -> (Tensor loss, Tensor dhidden, Tensor dweight)",
+    "masked_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor target, bool want_gradient,"
+    ' str implementation="cpp") -> (Tensor loss, Tensor dhidden, Tensor dweight)',
     _forward,
     _forward_fake,
 )
@@ -64,9 +65,10 @@ masked_cross_entropy_fwd = register(
 
 class _MaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_MD, weight_VD, target_M):
+    def forward(ctx, hidden_MD, weight_VD, target_M, implementation):
         want_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        loss, dhidden_MD, dweight_VD = masked_cross_entropy_fwd(hidden_MD, weight_VD, target_M, want_gradient)
+        inputs = (hidden_MD, weight_VD, target_M)
+        loss, dhidden_MD, dweight_VD = masked_cross_entropy_fwd(*inputs, want_gradient, implementation)
         ctx.save_for_backward(dhidden_MD, dweight_VD)
         return loss
 
@@ -74,8 +76,8 @@ class _MaskedCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         dhidden_MD, dweight_VD = ctx.saved_tensors
         if dloss.device.type == "cpu" and not torch.compiler.is_compiling() and dloss.item() == 1.0:
-            return dhidden_MD, dweight_VD, None  # loss.backward(): spare a pass over the V x D gradient
-        return dhidden_MD * dloss, dweight_VD * dloss, None
+            return dhidden_MD, dweight_VD, None, None  # loss.backward(): spare a pass over the V x D gradient
+        return dhidden_MD * dloss, dweight_VD * dloss, None, None
 
 
 def masked_cross_entropy(hidden, weight, target):
@@ -95,6 +97,7 @@ def masked_cross_entropy(hidden, weight, target):
     The forward pass computes the gradient of each chunk of logits in place and multiplies it at once, so backward is
     free and no logit is computed twice; CHUNK_BYTES bounds the memory.
     """
-    if dispatch.uses_reference("cross_entropy", hidden):
-        return reference.masked_cross_entropy(hidden, weight, target)
-    return _MaskedCrossEntropy.apply(hidden, weight, target)
+    implementation, function = dispatch.pick("cross_entropy", hidden)
+    if function:
+        return function(hidden, weight, target)
+    return _MaskedCrossEntropy.apply(hidden, weight, target, implementation)

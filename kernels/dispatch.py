@@ -1,92 +1,352 @@
-"""Which implementation of an operator runs for a device and dtype, and why. There is no silent fallback: every choice
-has a reason, which `python -m cramfast.doctor` and the first lines of a run show."""
+"""Which implementation of an operator runs, and why: IMPLEMENTATIONS lists them all, choose() decides.
 
+The rule (docs/decisions/0008): on a CPU the C++ kernels; on a GPU the fastest of those that measured.json says have
+passed their tests on its architecture; where that cannot be, PyTorch's own operators. Any other is taken only when
+asked for. There is no silent fallback: every choice has a reason, which `python -m cramfast.doctor` and the first lines
+of a run show, and what is asked for and cannot run is an error.
+"""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from cramfast.kernels import emulated, extension
+from cramfast.kernels import emulated, extension, peers, reference
 
-OPERATORS = ("layernorm", "glu", "layernorm_glu", "attention", "cross_entropy", "adamw")
-IMPLEMENTATIONS = ("cpp", "reference", "emulated")
-# What an operator calls below autograd, where that is not the operator itself.
-_PARTS = {"layernorm_glu": ("layernorm", "glu")}
-_overrides: dict[str, str] = {}
+MEASURED = Path(__file__).with_name("measured.json")
+HALF = (torch.float16, torch.bfloat16)
+NO_GPU = "sm_0"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an operator is to run on.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        architecture: "sm_90", or the instruction set of our build for the CPU.
+        windowed: whether attention is local.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    architecture: str
+    windowed: bool = False
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator.
+
+    Attributes:
+        obstacle: target -> why it cannot run there, and the remedy if there is one; "" when it can.
+        function: takes the public function's arguments and its place, gradients included. None: kernels below
+            torch.ops.cramfast, which launcher() finds.
+    """
+
+    obstacle: Callable[[Target], str]
+    function: Callable | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One line of the table: the implementation of `op` and the reason for it."""
+    """The implementation of `op` and the reason for it; `obstacle` says why what was asked for cannot run."""
 
     op: str
     device: str
     dtype: str
     implementation: str
     reason: str
+    obstacle: str = ""
 
 
-def override(op: str, implementation: str, architecture: int = 860) -> None:
-    """Force an implementation of one operator, or of "all"; "auto" takes the override back.
+def _cpp_obstacle(target: Target) -> str:
+    module = extension.module
+    if module is None:
+        return extension.missing_reason
+    if target.device == "cuda" and not module.cuda:
+        return "the module was built without CUDA; install the CUDA toolkit (nvcc), then pip install -e ."
+    if target.device == "cuda" and target.op not in module.cuda_operators:
+        return f"{target.op} has no CUDA kernel yet"
+    return _dtype_obstacle(target, extension.storage_dtypes(target.device))
+
+
+def _triton_obstacle(target: Target) -> str:
+    interpreted = target.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and (found := _gpu_obstacle(target, 80)):
+        return found
+    return _missing("triton", "pip install triton") or _dtype_obstacle(target, extension.storage_dtypes("cuda"))
+
+
+def _emulated_obstacle(target: Target) -> str:
+    if target.device != "cpu":
+        return "it runs the CUDA kernels on the CPU, for tests"
+    sources = [emulated.CSRC / f"{part}_cuda.cu" for part in _PARTS.get(target.op, (target.op,))]
+    if emulated.CSRC.is_dir() and not all(source.exists() for source in sources):
+        return f"{target.op} has no CUDA kernel yet"
+    return emulated.missing_reason() or _dtype_obstacle(target, extension.storage_dtypes("cuda"))
+
+
+def _flash_attn_obstacle(target: Target) -> str:
+    found = _gpu_obstacle(target, 80) or _missing("flash_attn", "pip install flash-attn")
+    return found or _dtype_obstacle(target, HALF)
+
+
+def _torch_varlen_obstacle(target: Target) -> str:
+    if found := _gpu_obstacle(target, 80):
+        return found
+    if not peers.varlen_attn_has_window():
+        return f"varlen_attn of torch {torch.__version__} takes no window; pip install -U torch"
+    return _dtype_obstacle(target, HALF)
+
+
+def _torch_efficient_obstacle(target: Target) -> str:
+    if target.windowed:
+        return "it has no two-sided window; take another, or --model.global-every 1"
+    found = _gpu_obstacle(target, 80 if target.dtype == torch.bfloat16 else 50)
+    return found or _dtype_obstacle(target, (torch.float32, *HALF))
+
+
+def _apex_obstacle(target: Target) -> str:
+    how = "build it with its CUDA extensions from github.com/NVIDIA/apex"
+    found = _gpu_obstacle(target, 50) or _missing("apex", how) or _missing("fused_layer_norm_cuda", how)
+    return found or _dtype_obstacle(target, (torch.float32, *HALF))
+
+
+def _apex_adamw_obstacle(target: Target) -> str:
+    return "FusedAdam overwrites the gradient, takes one weight decay a launch and clips nothing"
+
+
+def _gpu_obstacle(target: Target, lowest: int) -> str:
+    if target.device != "cuda":
+        return "it runs on GPUs only"
+    if target.architecture == NO_GPU:
+        return "torch sees no GPU"
+    return f"it needs sm_{lowest} or later" if int(target.architecture.removeprefix("sm_")) < lowest else ""
+
+
+def _missing(module: str, how: str) -> str:
+    return "" if peers.installed(module) else f"{module} is not installed; {how}"
+
+
+def _dtype_obstacle(target: Target, dtypes: tuple[torch.dtype, ...]) -> str:
+    names = ", ".join(_name(dtype) for dtype in dtypes)
+    return "" if target.dtype in dtypes else f"it takes {names}, not {_name(target.dtype)}"
+
+
+def _no_obstacle(target: Target) -> str:
+    return ""
+
+
+_CPP, _TRITON, _EMULATED = map(Implementation, (_cpp_obstacle, _triton_obstacle, _emulated_obstacle))
+
+
+def _plain(function: Callable) -> Implementation:
+    return Implementation(_no_obstacle, function)
+
+
+# Every implementation of every operator, by the name that --kernels and measured.json give it.
+IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
+    "layernorm": {
+        "cpp": _CPP,
+        "triton": _TRITON,
+        "apex": Implementation(_apex_obstacle, peers.apex_layernorm),
+        "reference": _plain(reference.layernorm),
+        "emulated": _EMULATED,
+    },
+    "glu": {"cpp": _CPP, "triton": _TRITON, "reference": _plain(reference.glu), "emulated": _EMULATED},
+    "layernorm_glu": {
+        "cpp": _CPP,
+        "triton": _TRITON,
+        "reference": _plain(reference.layernorm_glu),
+        "emulated": _EMULATED,
+    },
+    "attention": {
+        "cpp": _CPP,
+        "flash_attn": Implementation(_flash_attn_obstacle, peers.flash_attn),
+        "torch_varlen": Implementation(_torch_varlen_obstacle, peers.torch_varlen),
+        "torch_efficient": Implementation(_torch_efficient_obstacle, peers.torch_efficient),
+        "reference": _plain(reference.varlen_attention),
+        "emulated": _EMULATED,
+    },
+    "cross_entropy": {
+        "cpp": _CPP,
+        "triton": _TRITON,
+        "reference": _plain(reference.masked_cross_entropy),
+        "emulated": _EMULATED,
+    },
+    "adamw": {
+        "cpp": _CPP,
+        "triton": _TRITON,
+        "apex": Implementation(_apex_adamw_obstacle),
+        "reference": _plain(reference.adamw),
+        "emulated": _EMULATED,
+    },
+}
+OPERATORS = tuple(IMPLEMENTATIONS)
+# What an operator calls below autograd, where that is not the operator itself.
+_PARTS = {"layernorm_glu": ("layernorm", "glu")}
+
+_overrides: dict[tuple[str, str], str] = {}  # (op, device) -> implementation
+_picked: dict[tuple, str] = {}  # arguments of _find() -> its result
+
+
+def architecture(device: str) -> str:
+    """ "sm_90" of the current GPU, NO_GPU where torch sees none, or the instruction set of our build for the CPU."""
+    if device != "cuda":
+        return extension.cpu_isa
+    return "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else NO_GPU
+
+
+def obstacle(op: str, implementation: str, device: str, dtype: torch.dtype, windowed: bool = False) -> str:
+    """Why an implementation cannot run there, with the remedy; "" when it can."""
+    target = Target(op, device, dtype, architecture(device), windowed)
+    return IMPLEMENTATIONS[op][implementation].obstacle(target)
+
+
+def choose(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> Choice:
+    """The implementation that `op` takes for tensors of this device and dtype, and why."""
+
+    def choice(implementation: str, reason: str, found: str = "") -> Choice:
+        return Choice(op, device, _name(dtype), implementation, reason, found)
+
+    def blocked(implementation: str) -> str:
+        return obstacle(op, implementation, device, dtype, windowed)
+
+    if asked := _overrides.get((op, device)):
+        return choice(asked, "asked for", blocked(asked))
+    if device == "cpu":
+        if found := blocked("cpp"):
+            return choice("reference", f"cpp cannot: {found}")
+        return choice("cpp", f"C++ for the CPU, {extension.cpu_isa}")
+    if device != "cuda":
+        return choice("reference", f"no kernel was built for {device}")
+    # AdamW's buffers are float32, whatever the dtype of the weights that the model multiplies with.
+    chip, measured_dtype = architecture(device), "float32" if op == "adamw" else _name(dtype)
+    row = measured().get((op, chip, measured_dtype))
+    if row is None:
+        ours = [name for name in IMPLEMENTATIONS[op] if name != "reference" and not blocked(name)]
+        ask = f"; to take one all the same: --kernels {op}={'|'.join(ours)}" if ours else ""
+        return choice("reference", f"nothing has been measured on {chip} in {measured_dtype}{ask}")
+    reasons = [f"fastest of those measured on {chip} ({row['device']}, commit {row['commit']})"]
+    for name in sorted(row["relative_time"], key=row["relative_time"].get):
+        if not (found := blocked(name)):
+            return choice(name, "; ".join(reasons))
+        reasons.append(f"{name} was faster, but {found}")
+    raise ValueError(f"{MEASURED}: {op} on {chip} has no reference beside it; write rows with python -m bench.choose")
+
+
+@functools.cache
+def measured() -> dict[tuple[str, str, str], dict]:
+    """(op, architecture, dtype) -> row of measured.json, which `python -m bench.choose` writes."""
+    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
+    return {(row["op"], row["architecture"], row["dtype"]): row for row in rows}
+
+
+def pick(op: str, tensor: torch.Tensor, windowed: bool = False) -> tuple[str, Callable | None]:
+    """Name of the implementation for a call on this tensor, and the function that takes the call's place, if any.
+
+    Raises:
+        ValueError: the implementation that was asked for cannot run on it.
+    """
+    device = tensor.device.type
+    key = (op, device, tensor.dtype, windowed, _overrides.get((op, device)))
+    if key not in _picked:
+        _picked[key] = _find(*key)
+    return _picked[key], IMPLEMENTATIONS[op][_picked[key]].function
+
+
+def _find(op: str, device: str, dtype: torch.dtype, windowed: bool, asked: str | None) -> str:
+    choice = choose(op, device, dtype, windowed)
+    if choice.obstacle:
+        raise ValueError(f"kernels: {op}={choice.implementation} is not possible: {choice.obstacle}")
+    return choice.implementation
+
+
+# torch.compile cannot trace through files and imports; it may take the result as constant, guarded by _overrides. This
+# is all that torch.compiler.assume_constant_result does, but for importing dynamo and Triton, 1.6 s at every start.
+_find._dynamo_marked_constant = True
+
+
+def launcher(implementation: str) -> Callable:
+    """What torch.ops.cramfast hands tensors to: called with a kernel's name, a tensor that says where, arguments."""
+    if implementation == "triton":
+        from cramfast.kernels import triton_kernels
+
+        return triton_kernels.call
+    return extension.call
+
+
+def override(op: str, implementation: str, architecture: int = 860, device: str | None = None) -> None:
+    """Take an implementation of one operator, or of "all" that can, on one device or on any; "auto" takes that back.
 
     "emulated" runs the CUDA kernels of `architecture` (750 or 860) on the CPU, thousands of times slower, to test
     them; nothing ever chooses it by itself.
 
     Raises:
-        ValueError: an unknown operator or implementation, "cpp" where the module is missing, "emulated" where it
-            cannot be built or has no such kernel.
+        ValueError: an unknown operator or implementation, or one that can run nowhere, in no dtype; with the reason.
     """
     if op not in (*OPERATORS, "all"):
         raise ValueError(f"kernels: unknown operator {op!r}; one of {', '.join(OPERATORS)}, all")
-    if implementation not in (*IMPLEMENTATIONS, "auto"):
-        raise ValueError(
-            f"kernels: unknown implementation {implementation!r}; one of {', '.join(IMPLEMENTATIONS)}, auto"
-        )
-    if implementation == "cpp" and extension.module is None:
-        raise ValueError(f"kernels: {op}=cpp is not possible: {extension.missing_reason}")
-    if implementation == "emulated" and (reason := emulated.missing_reason()):
-        raise ValueError(f"kernels: {op}=emulated is not possible: {reason}")
-    target = emulated.load(architecture) if implementation == "emulated" else None
-    for name in OPERATORS if op == "all" else (op,):
-        if target and name not in target.cuda_operators:
-            if op != "all":
-                raise ValueError(f"kernels: {op} has no CUDA kernel yet")
+    ops = OPERATORS if op == "all" else (op,)
+    known = dict.fromkeys(name for one in ops for name in IMPLEMENTATIONS[one])
+    if implementation not in (*known, "auto"):
+        raise ValueError(f"kernels: unknown implementation {implementation!r} of {op}; one of {', '.join(known)}, auto")
+    gpu = ("cuda",) if torch.cuda.is_available() else ()
+    found = {
+        (one, where): _obstacle_in_every_dtype(one, implementation, where)
+        for one in ops
+        for where in ((device,) if device else ("cpu", *gpu))
+    }
+    if all(found.values()):
+        raise ValueError(f"kernels: {op}={implementation} is not possible: {next(iter(found.values()))}")
+    for (one, where), why in found.items():
+        if why:
             continue
         if implementation == "auto":
-            _overrides.pop(name, None)
+            _overrides.pop((one, where), None)
         else:
-            _overrides[name] = implementation
-        for part in _PARTS.get(name, (name,)):
-            if target:
-                extension.emulated[part] = target
-            else:
+            _overrides[one, where] = implementation
+        if where == "cpu":
+            for part in _PARTS.get(one, (one,)):
                 extension.emulated.pop(part, None)
+                if implementation == "emulated":
+                    extension.emulated[part] = emulated.load(architecture)
 
 
-def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
-    """The implementation that `op` takes for tensors of this device and dtype."""
-
-    def choice(implementation: str, reason: str) -> Choice:
-        return Choice(op, device_type, str(dtype).removeprefix("torch."), implementation, reason)
-
-    if op in _overrides:
-        return choice(_overrides[op], "asked for")
-    if dtype not in extension.storage_dtypes(device_type):
-        return choice("reference", f"no kernel for {dtype}")
-    if extension.module is None:
-        return choice("reference", extension.missing_reason)
-    if device_type == "cpu":
-        return choice("cpp", f"C++ for the CPU, {extension.cpu_isa}")
-    if device_type == "cuda" and op in extension.module.cuda_operators:
-        # Emulated and compiled, never run on a GPU: until its tests have passed on one, nobody gets it unasked.
-        return choice("reference", f"CUDA kernel not yet proven on a GPU; dispatch.override({op!r}, 'cpp') takes it")
-    return choice("reference", f"no kernel was built for {device_type}")
+def _obstacle_in_every_dtype(op: str, implementation: str, device: str) -> str:
+    """Why an implementation can run on a device in no dtype at all; "" when it can."""
+    if implementation == "auto":
+        return ""
+    if implementation not in IMPLEMENTATIONS[op]:
+        return "there is none"
+    found = [obstacle(op, implementation, device, dtype) for dtype in extension.storage_dtypes(device)]
+    return found[0] if all(found) else ""
 
 
-def uses_reference(op: str, tensor: torch.Tensor) -> bool:
-    """Whether `op` runs as plain PyTorch on this tensor."""
-    return choose(op, tensor.device.type, tensor.dtype).implementation == "reference"
+@contextlib.contextmanager
+def using(op: str, implementation: str, **options) -> Iterator[None]:
+    """override() for the length of a with block, whatever was in force before."""
+    before, calls_before = dict(_overrides), dict(extension.emulated)
+    try:
+        override(op, implementation, **options)
+        yield
+    finally:
+        for table, saved in ((_overrides, before), (extension.emulated, calls_before)):
+            table.clear()
+            table.update(saved)
 
 
-def table(device_type: str) -> list[Choice]:
+def table(device: str) -> list[Choice]:
     """The choice for every operator and storage dtype on a device."""
-    return [choose(op, device_type, dtype) for op in OPERATORS for dtype in extension.storage_dtypes(device_type)]
+    return [choose(op, device, dtype) for op in OPERATORS for dtype in extension.storage_dtypes(device)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -44,7 +44,7 @@ except (ImportError, OSError) as error:  # shown by doctor and at the start of e
 def storage_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
     """What the kernels of a device take; float16 is for GPUs, Turing above all, which has no bfloat16."""
     widths = (torch.float32, torch.bfloat16)
-    return (*widths, torch.float16) if device_type == "cuda" else widths
+    return widths if device_type == "cpu" else (*widths, torch.float16)
 
 
 # Operator -> emulated module that takes its calls on CPU tensors; filled by dispatch.override alone.
@@ -96,8 +96,9 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.
         raise ValueError(f"{name}: not aligned to 16 bytes; clone the slice first")
 
 
-def check_activations(name: str, tensor: torch.Tensor) -> None:
+def check_activations(name: str, tensor: torch.Tensor, implementation: str = "cpp") -> None:
     """Raise ValueError unless the tensor is stored in a supported dtype, contiguous and aligned."""
-    if tensor.dtype not in storage_dtypes("cuda" if emulated else tensor.device.type):
+    for_gpus = emulated or implementation == "triton"  # wherever these run, they are kernels for a GPU
+    if tensor.dtype not in storage_dtypes("cuda" if for_gpus else tensor.device.type):
         raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; use float32 or bfloat16")
     check(name, tensor, tuple(tensor.shape), tensor.dtype)

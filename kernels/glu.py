@@ -1,14 +1,14 @@
-"""Gated activation: csrc/glu.h."""
+"""Gated activation: csrc/glu.h, triton_glu.py."""
 
 import torch
 
-from cramfast.kernels import dispatch, extension, reference
+from cramfast.kernels import dispatch
 from cramfast.kernels.extension import ACTIVATION_CODES, DTYPE_CODES, check, check_activations
 from cramfast.kernels.registry import register
 
 
-def _rows_and_features(x_N2F, activation):
-    check_activations("x", x_N2F)
+def _rows_and_features(x_N2F, activation, implementation):
+    check_activations("x", x_N2F, implementation)
     if x_N2F.dim() != 2 or x_N2F.shape[1] % 2:
         raise ValueError(f"x: expected (N, 2 F), got {tuple(x_N2F.shape)}")
     if activation not in ACTIVATION_CODES:
@@ -16,22 +16,24 @@ def _rows_and_features(x_N2F, activation):
     return x_N2F.shape[0], x_N2F.shape[1] // 2
 
 
-def _forward(x_N2F, activation):
-    N, F = _rows_and_features(x_N2F, activation)
+def _forward(x_N2F, activation, implementation="cpp"):
+    N, F = _rows_and_features(x_N2F, activation, implementation)
     h_NF = _forward_fake(x_N2F, activation)
-    extension.call("glu_fwd", x_N2F, x_N2F, h_NF, N, F, ACTIVATION_CODES[activation], DTYPE_CODES[x_N2F.dtype])
+    launch = dispatch.launcher(implementation)
+    launch("glu_fwd", x_N2F, x_N2F, h_NF, N, F, ACTIVATION_CODES[activation], DTYPE_CODES[x_N2F.dtype])
     return h_NF
 
 
-def _forward_fake(x_N2F, activation):
+def _forward_fake(x_N2F, activation, implementation="cpp"):
     return x_N2F.new_empty(x_N2F.shape[0], x_N2F.shape[1] // 2)
 
 
-def _backward(dh_NF, x_N2F, activation):
-    N, F = _rows_and_features(x_N2F, activation)
+def _backward(dh_NF, x_N2F, activation, implementation="cpp"):
+    N, F = _rows_and_features(x_N2F, activation, implementation)
     check("dh", dh_NF, (N, F), x_N2F.dtype)
     dx_N2F = torch.empty_like(x_N2F)
-    extension.call(
+    launch = dispatch.launcher(implementation)
+    launch(
         "glu_bwd",
         x_N2F,
         dh_NF,
@@ -45,25 +47,27 @@ def _backward(dh_NF, x_N2F, activation):
     return dx_N2F
 
 
-def _backward_fake(dh_NF, x_N2F, activation):
+def _backward_fake(dh_NF, x_N2F, activation, implementation="cpp"):
     return torch.empty_like(x_N2F)
 
 
-glu_fwd = register("glu_fwd(Tensor x, str activation) -> Tensor", _forward, _forward_fake)
-glu_bwd = register("glu_bwd(Tensor dh, Tensor x, str activation) -> Tensor", _backward, _backward_fake)
+glu_fwd = register('glu_fwd(Tensor x, str activation, str implementation="cpp") -> Tensor', _forward, _forward_fake)
+glu_bwd = register(
+    'glu_bwd(Tensor dh, Tensor x, str activation, str implementation="cpp") -> Tensor', _backward, _backward_fake
+)
 
 
 class _Glu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_N2F, activation):
-        ctx.activation = activation
+    def forward(ctx, x_N2F, activation, implementation):
+        ctx.activation, ctx.implementation = activation, implementation
         ctx.save_for_backward(x_N2F)
-        return glu_fwd(x_N2F, activation)
+        return glu_fwd(x_N2F, activation, implementation)
 
     @staticmethod
     def backward(ctx, dh_NF):
         (x_N2F,) = ctx.saved_tensors
-        return glu_bwd(dh_NF.contiguous(), x_N2F, ctx.activation), None
+        return glu_bwd(dh_NF.contiguous(), x_N2F, ctx.activation, ctx.implementation), None, None
 
 
 def glu(x, activation="gelu"):
@@ -81,6 +85,7 @@ def glu(x, activation="gelu"):
 
     The activation is computed again in backward. Source: Shazeer, arXiv:2002.05202.
     """
-    if dispatch.uses_reference("glu", x):
-        return reference.glu(x, activation)
-    return _Glu.apply(x, activation)
+    implementation, function = dispatch.pick("glu", x)
+    if function:
+        return function(x, activation)
+    return _Glu.apply(x, activation, implementation)

@@ -1,24 +1,27 @@
-"""(Residual add +) LayerNorm: csrc/layernorm.h."""
+"""(Residual add +) LayerNorm: csrc/layernorm.h, triton_layernorm.py."""
 
 import torch
 
-from cramfast.kernels import dispatch, extension, reference
+from cramfast.kernels import dispatch
 from cramfast.kernels.extension import DTYPE_CODES, check, check_activations
 from cramfast.kernels.registry import register
 
+MAX_WIDTH = 8192  # as in csrc/layernorm.h: a row lives in registers or on the stack
 
-def _forward(x_ND, residual_ND, weight_D, bias_D, eps):
-    check_activations("x", x_ND)
+
+def _forward(x_ND, residual_ND, weight_D, bias_D, eps, implementation="cpp"):
+    check_activations("x", x_ND, implementation)
     N, D = x_ND.shape
-    if not 0 < D <= extension.module.layernorm_max_width:
-        raise ValueError(f"x: width {D} is outside 1..{extension.module.layernorm_max_width}")
+    if not 0 < D <= MAX_WIDTH:
+        raise ValueError(f"x: width {D} is outside 1..{MAX_WIDTH}")
     if residual_ND is not None:
         check("residual", residual_ND, (N, D), x_ND.dtype)
     check("weight", weight_D, (D,), torch.float32)
     if bias_D is not None:
         check("bias", bias_D, (D,), torch.float32)
     y_ND, stream_ND, mean_N, rstd_N = _forward_fake(x_ND, residual_ND, weight_D, bias_D, eps)
-    extension.call(
+    launch = dispatch.launcher(implementation)
+    launch(
         "layernorm_fwd",
         x_ND,
         x_ND,
@@ -37,23 +40,24 @@ def _forward(x_ND, residual_ND, weight_D, bias_D, eps):
     return y_ND, stream_ND, mean_N, rstd_N
 
 
-def _forward_fake(x_ND, residual_ND, weight_D, bias_D, eps):
+def _forward_fake(x_ND, residual_ND, weight_D, bias_D, eps, implementation="cpp"):
     # Without a residual the stream is x itself; a functional operator may not return its input, so it returns nothing.
     stream_ND = x_ND.new_empty(0) if residual_ND is None else torch.empty_like(x_ND)
     statistics_2N = [torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device) for _ in range(2)]
     return torch.empty_like(x_ND), stream_ND, *statistics_2N
 
 
-def _backward(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, weight_D):
+def _backward(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, weight_D, implementation="cpp"):
     N, D = stream_ND.shape
-    check_activations("stream", stream_ND)
+    check_activations("stream", stream_ND, implementation)
     check("dy", dy_ND, (N, D), stream_ND.dtype)
     if dstream_ND is not None:
         check("dstream", dstream_ND, (N, D), stream_ND.dtype)
     dx_ND, dweight_D, dbias_D = _backward_fake(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, weight_D)
-    partials = extension.call("layernorm_partials", dy_ND, N)
+    launch = dispatch.launcher(implementation)
+    partials = launch("layernorm_partials", dy_ND, N)
     partial = torch.empty(partials, 2, D, dtype=torch.float32, device=dy_ND.device)
-    extension.call(
+    launch(
         "layernorm_bwd",
         dy_ND,
         dy_ND,
@@ -73,19 +77,19 @@ def _backward(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, weight_D):
     return dx_ND, dweight_D, dbias_D
 
 
-def _backward_fake(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, weight_D):
+def _backward_fake(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, weight_D, implementation="cpp"):
     return torch.empty_like(stream_ND), torch.empty_like(weight_D), torch.empty_like(weight_D)
 
 
 layernorm_fwd = register(
-    "layernorm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps)"
+    'layernorm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, str implementation="cpp")'
     " -> (Tensor y, Tensor stream, Tensor mean, Tensor rstd)",
     _forward,
     _forward_fake,
 )
 layernorm_bwd = register(
-    "layernorm_bwd(Tensor dy, Tensor? dstream, Tensor stream, Tensor mean, Tensor rstd, Tensor weight)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "layernorm_bwd(Tensor dy, Tensor? dstream, Tensor stream, Tensor mean, Tensor rstd, Tensor weight,"
+    ' str implementation="cpp") -> (Tensor dx, Tensor dweight, Tensor dbias)',
     _backward,
     _backward_fake,
 )
@@ -93,9 +97,9 @@ layernorm_bwd = register(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND, weight_D, bias_D, residual_ND, eps):
-        y_ND, stream_ND, mean_N, rstd_N = layernorm_fwd(x_ND, residual_ND, weight_D, bias_D, eps)
-        ctx.has_residual, ctx.has_bias = residual_ND is not None, bias_D is not None
+    def forward(ctx, x_ND, weight_D, bias_D, residual_ND, eps, implementation):
+        y_ND, stream_ND, mean_N, rstd_N = layernorm_fwd(x_ND, residual_ND, weight_D, bias_D, eps, implementation)
+        ctx.has_residual, ctx.has_bias, ctx.implementation = residual_ND is not None, bias_D is not None, implementation
         ctx.save_for_backward(stream_ND if ctx.has_residual else x_ND, mean_N, rstd_N, weight_D)
         # An unused stream gets no gradient; materialising zeros would cost a pass over memory.
         ctx.set_materialize_grads(False)
@@ -106,8 +110,9 @@ class _LayerNorm(torch.autograd.Function):
         stream_ND, mean_N, rstd_N, weight_D = ctx.saved_tensors
         dy_ND = torch.zeros_like(stream_ND) if dy_ND is None else dy_ND.contiguous()
         dstream_ND = None if dstream_ND is None else dstream_ND.contiguous()
-        dx_ND, dweight_D, dbias_D = layernorm_bwd(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, weight_D)
-        return dx_ND, dweight_D, dbias_D if ctx.has_bias else None, dx_ND if ctx.has_residual else None, None
+        saved = (stream_ND, mean_N, rstd_N, weight_D)
+        dx_ND, dweight_D, dbias_D = layernorm_bwd(dy_ND, dstream_ND, *saved, ctx.implementation)
+        return dx_ND, dweight_D, dbias_D if ctx.has_bias else None, dx_ND if ctx.has_residual else None, None, None
 
 
 def layernorm(x, weight, bias=None, residual=None, eps=1e-5):
@@ -129,8 +134,8 @@ def layernorm(x, weight, bias=None, residual=None, eps=1e-5):
 
     Source: Ba et al., arXiv:1607.06450.
     """
-    if dispatch.uses_reference("layernorm", x):
-        return reference.layernorm(x, weight, bias, residual, eps)
-    if residual is None:
-        return _LayerNorm.apply(x, weight, bias, None, eps), x
-    return _LayerNorm.apply(x, weight, bias, residual, eps)
+    implementation, function = dispatch.pick("layernorm", x)
+    if function:
+        return function(x, weight, bias, residual, eps)
+    outputs = _LayerNorm.apply(x, weight, bias, residual, eps, implementation)
+    return outputs if residual is not None else (outputs, x)

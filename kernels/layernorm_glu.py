@@ -2,39 +2,89 @@
 
 import torch
 
-from cramfast.kernels import dispatch, reference
+from cramfast.kernels import dispatch
+from cramfast.kernels.extension import ACTIVATION_CODES, check, check_activations
 from cramfast.kernels.glu import glu_bwd, glu_fwd
 from cramfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
 from cramfast.kernels.linear import input_gradient, product
+from cramfast.kernels.registry import register
+
+FUSED = ("triton",)  # implementations with one kernel for the forward pass (triton_layernorm_glu.py), not its parts
+
+
+def _forward(x_ND, residual_ND, norm_weight_D, norm_bias_D, weight_2FD, activation, eps, implementation):
+    check_activations("x", x_ND, implementation)
+    N, D = x_ND.shape
+    if residual_ND is not None:
+        check("residual", residual_ND, (N, D), x_ND.dtype)
+    check("norm_weight", norm_weight_D, (D,), torch.float32)
+    if norm_bias_D is not None:
+        check("norm_bias", norm_bias_D, (D,), torch.float32)
+    check("weight_in", weight_2FD, (weight_2FD.shape[0], D), x_ND.dtype)
+    if weight_2FD.shape[0] % 2:
+        raise ValueError(f"weight_in: expected (2 F, D), got {tuple(weight_2FD.shape)}")
+    if activation not in ACTIVATION_CODES:
+        raise ValueError(f"activation: {activation!r} is not one of {', '.join(ACTIVATION_CODES)}")
+    inputs = (x_ND, residual_ND, norm_weight_D, norm_bias_D, weight_2FD)
+    outputs = _forward_fake(*inputs, activation, eps, implementation)
+    sizes = (N, D, weight_2FD.shape[0] // 2)
+    launch = dispatch.launcher(implementation)
+    launch("layernorm_glu_fwd", x_ND, *inputs, *outputs, *sizes, ACTIVATION_CODES[activation], eps)
+    return outputs
+
+
+def _forward_fake(x_ND, residual_ND, norm_weight_D, norm_bias_D, weight_2FD, activation, eps, implementation):
+    N = x_ND.shape[0]
+    stream_ND = x_ND.new_empty(0) if residual_ND is None else torch.empty_like(x_ND)
+    mean_N, rstd_N = (torch.empty(N, dtype=torch.float32, device=x_ND.device) for _ in range(2))
+    gates_N2F = x_ND.new_empty(N, weight_2FD.shape[0])
+    return x_ND.new_empty(N, weight_2FD.shape[0] // 2), stream_ND, mean_N, rstd_N, gates_N2F
+
+
+layernorm_glu_fwd = register(
+    "layernorm_glu_fwd(Tensor x, Tensor? residual, Tensor norm_weight, Tensor? norm_bias, Tensor weight,"
+    " str activation, float eps, str implementation)"
+    " -> (Tensor h, Tensor stream, Tensor mean, Tensor rstd, Tensor gates)",
+    _forward,
+    _forward_fake,
+)
 
 
 class _LayerNormGlu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND, norm_weight_D, norm_bias_D, weight_2FD, activation, residual_ND, eps):
-        y_ND, stream_ND, mean_N, rstd_N = layernorm_fwd(x_ND, residual_ND, norm_weight_D, norm_bias_D, eps)
-        gates_N2F = product(y_ND, weight_2FD)
-        ctx.activation, ctx.eps = activation, eps
+    def forward(ctx, x_ND, norm_weight_D, norm_bias_D, weight_2FD, activation, residual_ND, eps, implementation):
+        norm = (x_ND, residual_ND, norm_weight_D, norm_bias_D)
+        if implementation in FUSED:
+            h_NF, stream_ND, mean_N, rstd_N, gates_N2F = layernorm_glu_fwd(
+                *norm, weight_2FD, activation, eps, implementation
+            )
+        else:
+            y_ND, stream_ND, mean_N, rstd_N = layernorm_fwd(*norm, eps, implementation)
+            gates_N2F = product(y_ND, weight_2FD)
+            h_NF = glu_fwd(gates_N2F, activation, implementation)
+        ctx.activation, ctx.eps, ctx.implementation = activation, eps, implementation
         ctx.has_residual = residual_ND is not None
         kept_ND = stream_ND if ctx.has_residual else x_ND
         ctx.save_for_backward(kept_ND, mean_N, rstd_N, norm_weight_D, norm_bias_D, weight_2FD, gates_N2F)
         ctx.set_materialize_grads(False)
-        h_NF = glu_fwd(gates_N2F, activation)
         return (h_NF, stream_ND) if ctx.has_residual else h_NF
 
     @staticmethod
     def backward(ctx, dh_NF, dstream_ND=None):
         stream_ND, mean_N, rstd_N, norm_weight_D, norm_bias_D, weight_2FD, gates_N2F = ctx.saved_tensors
         dh_NF = gates_N2F.new_zeros(len(gates_N2F), gates_N2F.shape[1] // 2) if dh_NF is None else dh_NF.contiguous()
-        dgates_N2F = glu_bwd(dh_NF, gates_N2F, ctx.activation)
+        dgates_N2F = glu_bwd(dh_NF, gates_N2F, ctx.activation, ctx.implementation)
         # One pass over the stream is cheaper than holding N x D normalised values from forward to backward.
-        y_ND = layernorm_fwd(stream_ND, None, norm_weight_D, norm_bias_D, ctx.eps)[0]
+        y_ND = layernorm_fwd(stream_ND, None, norm_weight_D, norm_bias_D, ctx.eps, ctx.implementation)[0]
         dweight_2FD = dgates_N2F.t() @ y_ND
         dy_ND = input_gradient(dgates_N2F, weight_2FD)
         dstream_ND = None if dstream_ND is None else dstream_ND.contiguous()
-        dx_ND, dnorm_weight_D, dnorm_bias_D = layernorm_bwd(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, norm_weight_D)
+        dx_ND, dnorm_weight_D, dnorm_bias_D = layernorm_bwd(
+            dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, norm_weight_D, ctx.implementation
+        )
         dresidual_ND = dx_ND if ctx.has_residual else None
         dnorm_bias_D = None if norm_bias_D is None else dnorm_bias_D
-        return dx_ND, dnorm_weight_D, dnorm_bias_D, dweight_2FD, None, dresidual_ND, None
+        return dx_ND, dnorm_weight_D, dnorm_bias_D, dweight_2FD, None, dresidual_ND, None, None
 
 
 def layernorm_glu(x, norm_weight, norm_bias, weight_in, activation="gelu", residual=None, eps=1e-5):
@@ -58,8 +108,9 @@ def layernorm_glu(x, norm_weight, norm_bias, weight_in, activation="gelu", resid
     Kept for backward: stream, two statistics a row, and the (N, 2 F) pre-activations; the normalised rows are
     computed again. Sources: arXiv:1607.06450, arXiv:2002.05202.
     """
-    if dispatch.uses_reference("layernorm_glu", x):
-        return reference.layernorm_glu(x, norm_weight, norm_bias, weight_in, activation, residual, eps)
-    if residual is None:
-        return _LayerNormGlu.apply(x, norm_weight, norm_bias, weight_in, activation, None, eps), x
-    return _LayerNormGlu.apply(x, norm_weight, norm_bias, weight_in, activation, residual, eps)
+    implementation, function = dispatch.pick("layernorm_glu", x)
+    arguments = (x, norm_weight, norm_bias, weight_in, activation, residual, eps)
+    if function:
+        return function(*arguments)
+    outputs = _LayerNormGlu.apply(*arguments, implementation)
+    return outputs if residual is not None else (outputs, x)

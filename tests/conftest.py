@@ -1,8 +1,15 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and how Triton runs in all of them."""
+
+import os
 
 import fake_loader
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton, which reads this once. It changes nothing but what test_triton.py checks:
+    # without a GPU, Triton's compiler has nothing to compile for.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

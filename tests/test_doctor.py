@@ -18,8 +18,9 @@ def arguments(monkeypatch):
 
 
 @pytest.fixture
-def on_reference(monkeypatch):
-    monkeypatch.setattr(dispatch, "_overrides", dict.fromkeys(dispatch.OPERATORS, "reference"))
+def on_reference():
+    with dispatch.using("all", "reference"):
+        yield
 
 
 def test_every_operator_is_right_on_this_machine():
@@ -35,6 +36,37 @@ def test_report_and_exit_status(arguments, on_reference, capsys):
     said = capsys.readouterr().out
     for part in ("Machine", "Versions", torch.__version__, *dispatch.OPERATORS, extension.cpu_isa, "asked for"):
         assert part in said, part
+    for part in ("Could run on cpu if asked for", "Cannot run on cpu", "flash_attn", "it runs on GPUs only"):
+        assert part in said, part
+
+
+def test_what_else_could_run_and_what_cannot(monkeypatch):
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_75")
+    rows = doctor.possible(dispatch.table("cuda"))
+    assert ("attention", "float32, float16", "torch_efficient") in [
+        (op, dtypes, ", ".join(name for name in names.split(", ") if name != "cpp")) for op, dtypes, names in rows
+    ]
+    reasons = {(name, why): ops for name, ops, why in doctor.impossible("cuda")}
+    assert reasons["flash_attn", "it needs sm_80 or later"] == "attention"
+    assert reasons["triton", "it needs sm_80 or later"] == "layernorm, glu, layernorm_glu, cross_entropy, adamw"
+
+
+def test_an_implementation_that_lacks_a_dtype_is_shown_not_called_wrong(monkeypatch):
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_86")
+    with dispatch.using("attention", "torch_varlen", device="cuda"):
+        choice = dispatch.choose("attention", "cuda", torch.float32)
+    check = doctor._check(None, choice)
+    assert not check.problem and doctor._row(check)[-2:] == ("impossible", "it takes float16, bfloat16, not float32")
+
+
+def test_kernels_that_are_asked_for_are_checked(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["doctor", "--device", "cpu", "--kernels", "glu=reference"])
+    try:
+        doctor.main()
+    finally:
+        dispatch.override("all", "auto")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["glu", "float32", "reference"] in [line[:3] for line in lines]
 
 
 def test_a_wrong_forward_is_named(arguments, on_reference, capsys, monkeypatch):

@@ -297,18 +297,3 @@ def test_unaligned_and_strided_tensors_are_refused():
         cramfast.kernels.glu(wide[:, :64])
     with pytest.raises(ValueError, match="16 bytes"):
         cramfast.kernels.glu(torch.randn(129)[1:].view(2, 64))
-
-
-def test_override_and_table():
-    x = torch.randn(4, 8)
-    try:
-        dispatch.override("glu", "reference")
-        assert dispatch.uses_reference("glu", x) and not dispatch.uses_reference("layernorm", x)
-        assert dispatch.choose("glu", "cpu", torch.float32).reason == "asked for"
-    finally:
-        dispatch.override("glu", "auto")
-    assert not dispatch.uses_reference("glu", x)
-    assert dispatch.uses_reference("glu", x.double())
-    assert {c.op for c in dispatch.table("cpu")} == set(dispatch.OPERATORS)
-    with pytest.raises(ValueError, match="unknown operator"):
-        dispatch.override("glue", "cpp")

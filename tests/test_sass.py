@@ -2,6 +2,7 @@
 
 import pytest
 
+from bench import triton_sass
 from bench.sass import Kernel, launched_bytes, needs_tensor_cores, needs_wide_loads, parse_ptxas, parse_sass
 
 LOG = """\
@@ -71,3 +72,17 @@ def test_dynamic_shared_memory_is_counted():
     assert launched_bytes("attention_tiled_bwd_kernel<f16, 64, false>", 86) == 33792
     assert launched_bytes("attention_tiled_bwd_kernel<bf16, 128, true>", 90) == 49408
     assert launched_bytes("glu_fwd_kernel<f16, 8, Gelu>", 86) == 0
+
+
+def test_what_a_triton_kernel_must_not_have():
+    good = Kernel(
+        "layernorm_glu_kernel<bfloat16>", 86, 256, 142, 57600, 0, 0, wide_loads=4, local_accesses=0, tensor_core=32
+    )
+    assert triton_sass.problems(good) == []
+    bad = Kernel(
+        "layernorm_glu_kernel<float16>", 86, 256, 255, 115712, 0, 8, wide_loads=0, local_accesses=1, tensor_core=0
+    )
+    assert triton_sass.problems(bad) == [
+        "8 bytes of registers spilled", "1 accesses to local memory",
+        "115712 bytes of shared memory, a block has 101376", "no 16-byte global load", "no tensor-core instruction",
+    ]  # fmt: skip

@@ -1,0 +1,97 @@
+"""Operators of other libraries that may stand in for ours where they are installed; nothing here is needed.
+
+Each takes the arguments of the public function and keeps its meaning: rotary positions, which these libraries lack, are
+applied before, and rows that belong to no sequence come out as zeros with zero gradients. None of them has run with
+this code on a GPU yet.
+"""
+
+import importlib.util
+import inspect
+
+import torch
+
+from cramfast.kernels import reference
+
+NO_MASK = 0  # custom_mask_type of aten::_efficient_attention_forward
+
+
+def installed(module: str) -> bool:
+    """Whether a top-level module can be found; it is not imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def _attention(attend, qkv, cu_seqlens, max_seqlen, rotary):
+    """attend(q, k, v, cu_seqlens, max_seqlen) on the rows of the sequences, zeros elsewhere.
+
+    Rows of no sequence are replaced on the way in and out: these libraries leave them unwritten in output and gradient
+    (NaN: pytorch issue 176793), and torch.where lets no gradient through where it replaces. Cutting them off would
+    wait for the device to say where the last sequence ends.
+    """
+    row = torch.arange(len(qkv), dtype=torch.int32, device=qkv.device)
+    own = (row < cu_seqlens[-1])[:, None, None]
+    q, k, v = torch.where(own[:, None], qkv, 0).unbind(1)
+    if max_seqlen == 0:  # all rows are zeros now, and no kernel can be launched for no block
+        return v
+    if rotary is not None:
+        sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1
+        position = (row - cu_seqlens[sequence]).clamp(max=max_seqlen - 1)  # rows of no sequence count on
+        cos, sin = (table[position] for table in rotary)
+        q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
+    return torch.where(own, attend(q, k, v, cu_seqlens, max_seqlen), 0)
+
+
+def flash_attn(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
+    """FlashAttention-2 of the package flash-attn, with its deterministic backward pass."""
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    both = (-1, -1) if window is None else (window, window)
+
+    def attend(q, k, v, cu_seqlens, max_seqlen):
+        packed = torch.stack([q, k, v], dim=1)
+        return flash_attn_varlen_qkvpacked_func(packed, cu_seqlens, max_seqlen, window_size=both, deterministic=True)
+
+    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary)
+
+
+def torch_varlen(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
+    """FlashAttention-2 as torch.nn.attention.varlen has it; its backward pass adds in any order unless
+    torch.use_deterministic_algorithms is set."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    both = (-1, -1) if window is None else (window, window)
+
+    def attend(q, k, v, cu_seqlens, max_seqlen):
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=both)
+
+    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary)
+
+
+def torch_efficient(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
+    """The memory-efficient attention that torch has for Turing too; no window, and a backward pass that adds in any
+    order unless torch.use_deterministic_algorithms is set."""
+    if window is not None:
+        raise ValueError("kernels: attention=torch_efficient has no two-sided window")
+
+    def attend(q, k, v, cu_seqlens, max_seqlen):
+        offsets, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
+        forward = torch.ops.aten._efficient_attention_forward
+        return forward(q[None], k[None], v[None], None, *offsets, *longest, 0.0, NO_MASK, q.requires_grad)[0][0]
+
+    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary)
+
+
+def varlen_attn_has_window() -> bool:
+    """Whether this torch's varlen_attn takes a two-sided window."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def apex_layernorm(x, weight, bias=None, residual=None, eps=1e-5):
+    """apex's LayerNorm for half-precision rows and float32 weights; the residual is added before."""
+    from apex.normalization.fused_layer_norm import mixed_dtype_fused_layer_norm_affine
+
+    stream = x if residual is None else x + residual
+    bias = torch.zeros_like(weight) if bias is None else bias
+    y = mixed_dtype_fused_layer_norm_affine(stream, weight, bias, weight.shape, eps)  # in the dtype of the weight
+    return y.to(x.dtype), stream

@@ -1,0 +1,73 @@
+"""Loss and gradient of rows of logits in place, in Triton: the formulas of csrc/cross_entropy.h. Bound by memory.
+
+One program for each row. A row that fits the registers is read once and written once; a longer one is read in chunks,
+three times, mostly from the L2 cache.
+"""
+
+import triton
+import triton.language as tl
+
+LONGEST_ROW = 32768  # logits held at a time: 32 a thread with 32 warps, more would spill
+
+
+@triton.jit
+def _whole_row_kernel(logits, target, loss, scale, vocabulary, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    wanted = tl.load(target + row)
+    column = tl.arange(0, BLOCK)
+    inside = column < vocabulary
+    logits += row * vocabulary + column
+    z = tl.load(logits, inside, other=float("-inf")).to(tl.float32)
+    largest = tl.max(z, 0)
+    at_target = tl.sum(tl.where(column == wanted, z, 0.0), 0)
+    # largest + log(sum) would round away digits that all probabilities of the row share: keep the two apart.
+    log_sum = tl.log(tl.sum(tl.exp(z - largest), 0))
+    tl.store(loss + row, tl.where(wanted < 0, 0.0, log_sum + (largest - at_target)))
+    if WRITE:
+        # Exponentials of other arguments: the first ones, held beside the logits, would not fit the registers.
+        slope = (tl.exp((z - largest) - log_sum) - tl.where(column == wanted, 1.0, 0.0)) * tl.load(scale)
+        slope = tl.where(wanted < 0, 0.0, slope)
+        tl.store(logits, slope.to(logits.dtype.element_ty), inside)
+
+
+@triton.jit
+def _chunked_row_kernel(logits, target, loss, scale, vocabulary, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    wanted = tl.load(target + row)
+    logits += row * vocabulary
+    lane = tl.arange(0, BLOCK)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    at_target = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, vocabulary, BLOCK):
+        column = begin + lane
+        z = tl.load(logits + column, column < vocabulary, other=float("-inf")).to(tl.float32)
+        largest = tl.maximum(largest, z)
+        at_target += tl.where(column == wanted, z, 0.0)
+    largest = tl.max(largest, 0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, vocabulary, BLOCK):
+        column = begin + lane
+        z = tl.load(logits + column, column < vocabulary, other=float("-inf")).to(tl.float32)
+        total += tl.exp(z - largest)
+    total = tl.sum(total, 0)
+    tl.store(loss + row, tl.where(wanted < 0, 0.0, tl.log(total) + (largest - tl.sum(at_target, 0))))
+    if WRITE:
+        factor = tl.load(scale)
+        for begin in range(0, vocabulary, BLOCK):
+            column = begin + lane
+            inside = column < vocabulary
+            z = tl.load(logits + column, inside, other=float("-inf")).to(tl.float32)
+            slope = (tl.exp(z - largest) / total - tl.where(column == wanted, 1.0, 0.0)) * factor
+            slope = tl.where(wanted < 0, 0.0, slope)
+            tl.store(logits + column, slope.to(logits.dtype.element_ty), inside)
+
+
+def cross_entropy(logits, target, loss, scale, rows, vocabulary, write_gradient, _dtype_code):
+    if not rows:
+        return
+    if vocabulary <= LONGEST_ROW:
+        block = triton.next_power_of_2(vocabulary)
+        kernel, warps = _whole_row_kernel, max(4, min(32, block // 1024))
+    else:
+        block, kernel, warps = 8192, _chunked_row_kernel, 8
+    kernel[(rows,)](logits, target, loss, scale, vocabulary, WRITE=write_gradient, BLOCK=block, num_warps=warps)
