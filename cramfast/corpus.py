@@ -91,8 +91,12 @@ def _open(path: Path) -> BinaryIO:
     return opener(path, "rb") if opener else path.open("rb")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, text) with every read error turned into one that names the place."""
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, text with its line end) of a plain or compressed text file, in pieces of LONGEST_PIECE at most.
+
+    Raises:
+        UserError: a missing, damaged or undecodable file; the message names the place.
+    """
     number = 1
     try:
         with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="strict", newline=None) as text:
@@ -120,11 +124,11 @@ def _undecodable(path: Path) -> str:
 
 def _split_text(path: Path, documents: Documents) -> Iterator[str]:
     if documents == "lines":
-        yield from (text for _, line in _lines(path) if (text := line.strip()))
+        yield from (text for _, line in read_lines(path) if (text := line.strip()))
         return
     block: list[str] = []
     size = 0
-    for _, line in _lines(path):
+    for _, line in read_lines(path):
         blank = not line.strip()
         if (blank and documents == "blocks") or size > LONGEST_PIECE:
             if text := "".join(block).strip():
@@ -138,7 +142,7 @@ def _split_text(path: Path, documents: Documents) -> Iterator[str]:
 
 def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
     parts: list[str] = []
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         parts.append(line)
         if not line.endswith("\n") and len(line) == LONGEST_PIECE:
             continue  # a very long line arrives in pieces

@@ -113,6 +113,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.dropout = 0.0  # for fine-tuning; pretraining has none
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.final_norm = Norm(config.width, config.norm_bias)
@@ -184,7 +185,7 @@ class Encoder(nn.Module):
         if config.positions == "sinusoidal":
             place_ND = self.position_table[positions(ids_N, cu_seqlens, max_seqlen)]
             x_ND = x_ND + (self.embeddings.position_scale * place_ND).to(x_ND.dtype)
-        stream_ND = self.norm(self.embeddings.norm, x_ND)[0]
+        stream_ND = self.drop(self.norm(self.embeddings.norm, x_ND)[0])
         delta_ND = None
         for layer in self.layers:
             delta_ND, stream_ND = self.block(layer, delta_ND, stream_ND, cu_seqlens, max_seqlen)
@@ -206,7 +207,7 @@ class Encoder(nn.Module):
         h_NF, stream_ND = kernels.layernorm_glu(
             delta_ND, norm.weight, norm.bias, layer.mlp.Wi.weight, gate, stream_ND, config.norm_eps
         )
-        return linear(h_NF, layer.mlp.Wo.weight), stream_ND
+        return self.drop(linear(h_NF, layer.mlp.Wo.weight)), stream_ND
 
     def attend(self, layer: Layer, y_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         config = self.config
@@ -217,7 +218,11 @@ class Encoder(nn.Module):
             rotary = (cos[:max_seqlen], sin[:max_seqlen])
         window = None if layer.is_global else config.window // 2
         mixed_NHK = kernels.varlen_attention(qkv_N3HK, cu_seqlens, max_seqlen, rotary=rotary, window=window)
-        return linear(mixed_NHK.flatten(1), layer.attn.Wo.weight)
+        return self.drop(linear(mixed_NHK.flatten(1), layer.attn.Wo.weight))
+
+    def drop(self, x_ND: Tensor) -> Tensor:
+        """Dropout of the embedding and of each block's output, in training mode and if there is any."""
+        return F.dropout(x_ND, self.dropout) if self.training and self.dropout else x_ND
 
     def norm(self, norm: Norm, x_ND: Tensor, residual_ND: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return kernels.layernorm(x_ND, norm.weight, norm.bias, residual_ND, self.config.norm_eps)

@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 from cramfast.config import ModelConfig, to_json
 from cramfast.record import Record
 from cramfast.report import manifest_rows, tiles
+from cramfast.scoretable import ScoreTable
+
+SCORES = "## Scores"
 
 STOCK = """## Load it
 
@@ -75,7 +79,18 @@ def card(record: Record, config: ModelConfig, difference: float, own_loader_reas
         + json.dumps(_published(record.config) or to_json(config), indent=1)
         + "\n```",
     ]
-    return "\n\n".join(parts) + "\n"
+    return with_scores("\n\n".join(parts) + "\n", record.scores)
+
+
+def with_scores(text: str, tables: list[ScoreTable]) -> str:
+    """A model card with these tables as its section on scores: in place of the one it has, else before the data."""
+    section = "\n\n".join([SCORES, *(table.markdown() for table in tables)]) + "\n\n" if tables else ""
+    if f"\n{SCORES}\n" in text:
+        before, rest = text.split(f"{SCORES}\n", 1)
+        following = re.search("^## ", rest, re.M)
+        return before + section + (rest[following.start() :] if following else "")
+    before, data, after = text.partition("## Data\n")
+    return before + (section + data if data else "\n" + section) + after
 
 
 def _published(config: dict) -> dict:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cramfast.errors import UserError
+from cramfast.scoretable import ScoreTable
+
+EVALUATIONS = "evaluations"  # folder in a run's, one JSON file for each kind of evaluation
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Record:
     unreadable_lines: int = 0
     resumed: int = 0
     exported: bool = False
+    scores: list[ScoreTable] = field(default_factory=list)
 
     def column(self, key: str, rows: list[dict] | None = None) -> list[float]:
         """The values of one key over `rows` (the steps by default), NaN where a row has none."""
@@ -126,7 +130,23 @@ def read_record(run_dir: Path) -> Record:
         unreadable_lines=unreadable,
         resumed=resumed,
         exported=(run_dir / "hf" / "config.json").exists(),
+        scores=read_scores(run_dir),
     )
+
+
+def read_scores(run_dir: Path) -> list[ScoreTable]:
+    """The tables that cramfast.evaluate left in a run, in the order of their files' names.
+
+    Raises:
+        UserError: a file without a table.
+    """
+    tables = []
+    for path in sorted((run_dir / EVALUATIONS).glob("*.json")):
+        try:
+            tables.append(ScoreTable(**read_json(path)["table"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: holds no table ({error}) — remove it and evaluate again") from None
+    return tables
 
 
 def before(rows: list[dict], step: int) -> list[dict]:

@@ -19,6 +19,7 @@ STYLE = """
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 62rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: .95rem; margin: 1.2rem 0 .4rem; }
 p { margin: .4rem 0; } .soft { color: var(--soft); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; margin: 1.4rem 0; }
 .tile, .tile2, figure { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; }
@@ -66,6 +67,7 @@ def render(record: Record) -> str:
         '<div class="charts">',
         *_figures(record),
         "</div>",
+        *_scores(record),
         "<h2>Load the model</h2>",
         _loading(record),
         "<h2>Data</h2>",
@@ -220,6 +222,14 @@ def _accuracy_figure(record: Record) -> str:
 def _figure(svg: str, caption: str = "", wide: bool = False) -> str:
     caption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f"<figure{' class=wide' if wide else ''}>{svg}{caption}</figure>"
+
+
+def _scores(record: Record) -> list[str]:
+    parts = ["<h2>Scores</h2>"] if record.scores else []
+    for scores in record.scores:
+        parts += [f"<h3>{escape(scores.title)}</h3>", table(scores.rows, scores.columns)]
+        parts += [f"<p class=soft>{escape(note)}</p>" for note in scores.notes]
+    return parts
 
 
 def _loading(record: Record) -> str:

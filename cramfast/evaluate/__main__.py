@@ -1,0 +1,24 @@
+"""The command line: python -m cramfast.evaluate {perplexity,glue,task,blimp,cola} MODEL ..."""
+
+from cramfast.errors import command
+from cramfast.evaluate import perplexity
+
+COMMANDS = {
+    "perplexity": perplexity.Arguments,
+}
+WIDTH = 140  # columns where no terminal says how many it has
+
+
+def main() -> None:
+    """Parse, run, print."""
+    import tyro
+    from rich.console import Console
+
+    arguments = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m cramfast.evaluate")
+    arguments.machine.start()
+    console = Console()
+    arguments.run(console if console.is_terminal else Console(width=WIDTH))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,47 @@
+"""Where an evaluation runs and in which precision."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from cramfast.allocator import keep_freed_memory
+from cramfast.model import Encoder
+from cramfast.recipes import choose_device, choose_dtype
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Device, precision and threads of an evaluation."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Storage of matrices and activations; auto: bfloat16 where this machine multiplies it, float32 elsewhere."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+
+    def start(self) -> None:
+        """Settings of the process."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        keep_freed_memory()
+
+    def resolve(self) -> tuple[torch.device, torch.dtype]:
+        """The device and the storage type.
+
+        Raises:
+            UserError: a GPU was asked for and there is none.
+        """
+        device = choose_device(self.device)
+        dtype = choose_dtype(device) if self.dtype == "auto" else self.dtype
+        # Without bfloat16 the trainer takes float16 and scales its loss; fine-tuning has no loss scale.
+        return torch.device(device), torch.float32 if dtype == "float16" else getattr(torch, dtype)
+
+    def place(self, encoder: Encoder) -> Encoder:
+        """Move to the device and store the matrices in the precision asked for, in place; norms stay float32."""
+        device, dtype = self.resolve()
+        encoder.to(device)
+        for parameter in encoder.parameters():
+            if parameter.dim() >= 2:
+                parameter.data = parameter.data.to(dtype)
+        return encoder

@@ -1,0 +1,55 @@
+"""Where scores go: a JSON file, the run's report and the exported model card."""
+
+import json
+import os
+from pathlib import Path
+
+from cramfast import modelcard, report
+from cramfast.errors import UserError
+from cramfast.evaluate.checkpoints import Checkpoint
+from cramfast.record import EVALUATIONS, read_json, read_record
+from cramfast.scoretable import ScoreTable
+
+
+def path_of(model: Checkpoint, name: str, out: Path | None) -> Path:
+    """--out, or RUN/evaluations/NAME.json; for a folder that is no run, ./FOLDER.NAME.json."""
+    if out is not None:
+        return out
+    if model.run_dir is not None:
+        return model.run_dir / EVALUATIONS / f"{name}.json"
+    return Path(f"{model.folder.resolve().name}.{name}.json")
+
+
+def write(path: Path, result: dict, table: ScoreTable) -> None:
+    """Write `result` and the table it is shown as; the file appears complete or not at all.
+
+    Raises:
+        UserError: the disk refused.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(result | {"table": table.to_json()}, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}) — choose another --out") from None
+
+
+def earlier(path: Path, model: Checkpoint, settings: dict) -> dict:
+    """The result in `path` if it is of this model under these settings, to be extended; else {}."""
+    stored = read_json(path)
+    same = stored.get("model") == model.description() and stored.get("settings") == settings
+    return stored if same else {}
+
+
+def publish(model: Checkpoint) -> list[Path]:
+    """Bring the report and the exported card of a run up to date with its evaluations; the files that changed."""
+    if model.run_dir is None or not (model.run_dir / "metrics.jsonl").exists():
+        return []
+    changed = [report.write_report(model.run_dir)]
+    card = model.run_dir / "hf" / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        card.write_text(modelcard.with_scores(text, read_record(model.run_dir).scores), encoding="utf-8")
+        changed.append(card)
+    return changed
