@@ -1,10 +1,12 @@
 """The command line: python -m cramfast.evaluate {perplexity,glue,task,blimp,cola} MODEL ..."""
 
 from cramfast.errors import command
-from cramfast.evaluate import perplexity
+from cramfast.evaluate import glue, owntask, perplexity
 
 COMMANDS = {
     "perplexity": perplexity.Arguments,
+    "glue": glue.Arguments,
+    "task": owntask.Arguments,
 }
 WIDTH = 140  # columns where no terminal says how many it has
 

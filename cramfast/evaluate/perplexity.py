@@ -232,10 +232,7 @@ class Arguments:
         figures = {name: to_json(result) for name, result in measured.items()}
         settings = {"data": [Path(source).name for source in self.data], "characters": self.characters}
         result = {"kind": "perplexity", "settings": settings | asdict(self.masks), "results": figures}
-        paths = [self.out] if self.out else [results.path_of(m, "perplexity", None) for m in models]
-        for path in dict.fromkeys(paths):
+        for model in models[:1] if self.out else models:
+            path = results.path_of(model, "perplexity", self.out)
             results.write(path, result, shown)
-            console.print(f"written: {path}", markup=False)
-        for model in models:
-            for path in results.publish(model) if not self.out else []:
-                console.print(f"updated: {path}", markup=False)
+            results.announce(console, path, model, self.out)

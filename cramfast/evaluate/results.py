@@ -53,3 +53,10 @@ def publish(model: Checkpoint) -> list[Path]:
         card.write_text(modelcard.with_scores(text, read_record(model.run_dir).scores), encoding="utf-8")
         changed.append(card)
     return changed
+
+
+def announce(console, path: Path, model: Checkpoint, out: Path | None) -> None:
+    """Bring report and card up to date, unless the result went elsewhere by --out, and name every file written."""
+    for word, changed in (("written", [path]), ("updated", [] if out else publish(model))):
+        for file in changed:
+            console.print(f"{word}: {file}", markup=False, highlight=False, soft_wrap=True)

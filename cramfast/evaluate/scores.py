@@ -1,6 +1,5 @@
 """The metrics, by scikit-learn and scipy, as functions of (truth, prediction)."""
 
-import math
 from collections.abc import Callable, Sequence
 
 Metric = Callable[[Sequence[float], Sequence[float]], float]
@@ -29,14 +28,14 @@ def matthews(truth: Sequence[float], predicted: Sequence[float]) -> float:
 
 
 def pearson(truth: Sequence[float], predicted: Sequence[float]) -> float:
-    """Pearson correlation; NaN when either side is constant."""
+    """Pearson correlation; 0 when either side is constant."""
     from scipy.stats import pearsonr
 
     return _correlation(pearsonr, truth, predicted)
 
 
 def spearman(truth: Sequence[float], predicted: Sequence[float]) -> float:
-    """Spearman rank correlation; NaN when either side is constant."""
+    """Spearman rank correlation; 0 when either side is constant."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, truth, predicted)
@@ -44,7 +43,7 @@ def spearman(truth: Sequence[float], predicted: Sequence[float]) -> float:
 
 def _correlation(function, truth: Sequence[float], predicted: Sequence[float]) -> float:
     if len(set(truth)) < 2 or len(set(predicted)) < 2:
-        return math.nan
+        return 0.0
     return float(function(truth, predicted).statistic)
 
 

@@ -1,0 +1,124 @@
+"""GLUE by fine-tuning under a fixed protocol: python -m cramfast.evaluate glue MODEL --data FOLDER."""
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cramfast.config import require
+from cramfast.evaluate import jobs, results
+from cramfast.evaluate.checkpoints import Checkpoint, load
+from cramfast.evaluate.examples import dev_name, is_official, load_glue
+from cramfast.evaluate.finetune import Protocol
+from cramfast.evaluate.jobs import COLUMNS, Job, make_job, table_rows
+from cramfast.evaluate.machine import Machine
+from cramfast.evaluate.tasks import NUMBERS, TASKS, Task, find_task
+from cramfast.scoretable import ScoreTable
+
+FROM_MNLI = ("rte", "mrpc", "sts-b")  # small tasks that the second protocol starts from the weights tuned on MNLI
+ANALYSED = "cola"  # its predictions are kept for cramfast.evaluate cola
+
+
+def glue_table(model: Checkpoint, name: str, stored: dict[str, dict]) -> ScoreTable:
+    """Scores of every task, their mean where it is one, and what they may be compared with."""
+    official = [
+        100 * statistics.median(scores)
+        for entry in stored.values()
+        if not entry["remark"]
+        for scores in entry["scores"].values()
+    ]
+    rows = table_rows(stored)
+    notes = ["Development sets; points; score after the last epoch; the mean is that of the medians."]
+    if official:
+        whole = len(official) == NUMBERS
+        label = f"mean of the {NUMBERS} numbers" if whole else f"partial mean, {len(official)} of the {NUMBERS} numbers"
+        rows.append([label, "", f"{statistics.fmean(official):.2f}", *[""] * (len(COLUMNS) - 3)])
+        if not whole:
+            notes.append("A partial mean does not compare with published GLUE means.")
+    if any(entry["remark"] for entry in stored.values()):
+        notes.append("Rows marked unofficial are on other data than GLUE's; no mean holds them, no paper reports them.")
+    if name == "mnli-start":
+        notes.append(f"{', '.join(FROM_MNLI)} start from the weights tuned on MNLI with the same seed.")
+    return ScoreTable(f"GLUE, protocol {name}: {model.name}", COLUMNS, rows, notes)
+
+
+def prepare_job(model: Checkpoint, task: Task, data: Path | None, protocol: Protocol, skip_malformed: bool) -> Job:
+    """Read and tokenize a task.
+
+    Raises:
+        UserError: a file is missing, or one of its rows is not as it should be.
+    """
+    train, dev = load_glue(task, data, skip_malformed)
+    remark = ""
+    if not is_official(task, train, dev):
+        parts = ", ".join(f"{len(part.labels):,}" for part in (train, *dev))
+        remark = f"unofficial ({parts} rows)"
+    named = {dev_name(task, split): part for split, part in zip(task.dev, dev, strict=True)}
+    return make_job(
+        model, protocol, task.name, len(task.classes), task.metric, train, named, remark, task.name == ANALYSED
+    )
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Fine-tune on GLUE tasks and score their development sets."""
+
+    model: tyro.conf.Positional[Path]
+    """Run folder, or a Hugging Face ModernBERT folder."""
+    data: Path | None = None
+    """Folder in GLUE's original layout (CoLA/train.tsv, ...), plain or compressed; without one, the datasets package."""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """Tasks; NAME-lite and NAME-nqg are stand-ins from folders so called, marked unofficial."""
+    protocol: Literal["cramming", "mnli-start"] = "cramming"
+    """cramming: the paper's, every task from the pretrained weights; mnli-start: RTE, MRPC, STS-B from MNLI's."""
+    seeds: int = 5
+    """Fits of each task, with seeds 0, 1, ..."""
+    skip_malformed: bool = False
+    """Leave out rows that cannot be used, and count them, instead of stopping (the official QQP has some)."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=lambda: Machine(dtype="auto"))
+    out: Path | None = None
+    """JSON to write; by default evaluations/glue-PROTOCOL.json in the run folder."""
+
+    def run(self, console) -> None:
+        """Fine-tune, print, write after every fit.
+
+        Raises:
+            UserError: bad data or model.
+        """
+        require(self.seeds >= 1, f"seeds={self.seeds}", "use 1 or more")
+        tasks = [find_task(name) for name in dict.fromkeys(self.tasks)]
+        if self.protocol == "mnli-start" and not any(task.name.startswith("mnli") for task in tasks):
+            tasks.append(TASKS["mnli"])
+        tasks.sort(key=lambda task: not task.name.startswith("mnli"))  # others may start from it
+        model, protocol = load(self.model), Protocol()
+        prepared = [prepare_job(model, task, self.data, protocol, self.skip_malformed) for task in tasks]
+        if self.protocol == "mnli-start":
+            prepared = [_marked(job, prepared[0]) for job in prepared]
+        device, dtype = self.machine.resolve()
+        settings = {"protocol": self.protocol, "seeds": self.seeds, "dtype": str(dtype), **asdict(protocol)}
+        path = results.path_of(model, f"glue-{self.protocol}", self.out)
+        before = results.earlier(path, model, settings).get("tasks", {})
+        stored = {name: entry for name, entry in before.items() if name not in {job.name for job in prepared}}
+        for seed in range(self.seeds):
+            tuned = model.encoder
+            for job in prepared:
+                started = self.protocol == "mnli-start" and job.name in FROM_MNLI
+                done = jobs.run(
+                    job, tuned if started else model.encoder, protocol, seed, device, dtype, console, stored
+                )
+                if job is prepared[0]:
+                    tuned = done.encoder
+                shown = glue_table(model, self.protocol, stored)
+                result = {"kind": "glue", "model": model.description(), "settings": settings, "tasks": stored}
+                results.write(path, result, shown)
+        shown.show(console)
+        results.announce(console, path, model, self.out)
+
+
+def _marked(job: Job, mnli: Job) -> Job:
+    """A job that starts from unofficial MNLI data is unofficial itself."""
+    if job.name in FROM_MNLI and mnli.remark and not job.remark:
+        return Job(**vars(job) | {"remark": f"unofficial (started from {mnli.name})"})
+    return job

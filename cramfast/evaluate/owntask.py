@@ -1,0 +1,127 @@
+"""A task of your own: python -m cramfast.evaluate task MODEL --task-file train.tsv dev.tsv --metric accuracy."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cramfast.config import require
+from cramfast.errors import UserError
+from cramfast.evaluate import jobs, results
+from cramfast.evaluate.checkpoints import load
+from cramfast.evaluate.examples import Columns, Examples, class_reader, column_of, number_reader, read_rows, read_tsv
+from cramfast.evaluate.finetune import Protocol
+from cramfast.evaluate.machine import Machine
+from cramfast.evaluate.scores import REGRESSION
+from cramfast.scoretable import ScoreTable
+
+
+def find_columns(path: Path, header: list[str], text: tuple[str, ...], label: str) -> tuple[tuple[int, ...], int]:
+    """(numbers of the one or two text columns, number of the label column).
+
+    Raises:
+        UserError: the header does not name them, or does not say which of several columns are texts.
+    """
+    place = column_of(path, header, label)
+    texts = tuple(column_of(path, header, name) for name in text)
+    texts = texts or tuple(number for number in range(len(header)) if number != place)
+    if not 1 <= len(texts) <= 2:
+        raise UserError(f"{path}:1: {len(texts)} columns beside the label — name one or two with --text")
+    return texts, place
+
+
+def find_classes(path: Path, label: int) -> tuple[str, ...]:
+    """The labels of a training file, sorted.
+
+    Raises:
+        UserError: a single one, or nearly as many as there are rows.
+    """
+    cells = [row[label] for number, row in read_rows(path) if number > 1 and len(row) > label]
+    classes = tuple(sorted(set(cells)))
+    if len(classes) < 2:
+        raise UserError(f"{path}: {len(classes)} different labels — a classifier needs two or more")
+    if len(classes) > max(2, len(cells) // 2):
+        raise UserError(
+            f"{path}: {len(classes)} different labels in {len(cells)} rows — for numbers use --metric pearson or spearman"
+        )
+    return classes
+
+
+def read_pair(
+    train: Path, dev: Path, text: tuple[str, ...], label: str, regression: bool, skip_malformed: bool
+) -> tuple[Examples, Examples, tuple[str, ...]]:
+    """(training set, development set, classes); a label that the training file lacks is refused.
+
+    Raises:
+        UserError: named by file and line.
+    """
+    classes: tuple[str, ...] = ()
+    found = []
+    for path in (train, dev):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file — --task-file takes a training and a development file")
+        rows = read_rows(path)
+        header = next(rows, (1, [""]))[1]
+        texts, place = find_columns(path, header, text, label)
+        if not regression and not classes:
+            classes = find_classes(path, place)
+        reader = number_reader() if regression else class_reader(classes)
+        found.append(read_tsv(path, rows, Columns(len(header), texts, place, reader), skip_malformed))
+    if len(found[0].texts[0]) != len(found[1].texts[0]):
+        raise UserError(f"{dev}:1: another number of text columns than {train} — name them with --text")
+    return found[0], found[1], classes
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Fine-tune on tab-separated files of yours and score the second.
+
+    The first line of each file names its columns; quotes are ordinary characters.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """Run folder, or a Hugging Face ModernBERT folder."""
+    task_file: tuple[Path, Path]
+    """Training and development file, plain or compressed."""
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+    """pearson and spearman: regression, the label is a number; f1: of the second label in sorted order, or the mean
+    over more than two."""
+    text: tuple[str, ...] = ()
+    """One or two text columns; by default all but the label's."""
+    label: str = "label"
+    """Column of the label."""
+    seeds: int = 3
+    """Fits, with seeds 0, 1, ..."""
+    protocol: Annotated[Protocol, tyro.conf.arg(name="")] = field(default_factory=Protocol)
+    skip_malformed: bool = False
+    """Leave out rows that cannot be used, and count them, instead of stopping."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=lambda: Machine(dtype="auto"))
+    out: Path | None = None
+    """JSON to write; by default evaluations/task-NAME.json in the run folder, NAME being the training file's."""
+
+    def run(self, console) -> None:
+        """Fine-tune, print, write.
+
+        Raises:
+            UserError: bad data or model.
+        """
+        require(self.seeds >= 1, f"seeds={self.seeds}", "use 1 or more")
+        regression = self.metric in REGRESSION
+        train, dev, classes = read_pair(*self.task_file, self.text, self.label, regression, self.skip_malformed)
+        model = load(self.model)
+        name = self.task_file[0].name.split(".")[0]
+        job = jobs.make_job(
+            model, self.protocol, name, len(classes), self.metric, train, {name: dev}, "own task"
+        )
+        device, dtype = self.machine.resolve()
+        stored: dict[str, dict] = {}
+        for seed in range(self.seeds):
+            jobs.run(job, model.encoder, self.protocol, seed, device, dtype, console, stored)
+        shown = ScoreTable(f"Own task {name}: {model.name}", jobs.COLUMNS, jobs.table_rows(stored), [])
+        shown.show(console)
+        path = results.path_of(model, f"task-{name}", self.out)
+        settings = {"files": [file.name for file in self.task_file], "classes": classes, "dtype": str(dtype)}
+        result = {"kind": "task", "model": model.description(), "settings": settings | asdict(self.protocol)}
+        results.write(path, result | {"tasks": stored}, shown)
+        results.announce(console, path, model, self.out)
