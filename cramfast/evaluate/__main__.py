@@ -1,12 +1,13 @@
 """The command line: python -m cramfast.evaluate {perplexity,glue,task,blimp,cola} MODEL ..."""
 
 from cramfast.errors import command
-from cramfast.evaluate import glue, owntask, perplexity
+from cramfast.evaluate import blimp, glue, owntask, perplexity
 
 COMMANDS = {
     "perplexity": perplexity.Arguments,
     "glue": glue.Arguments,
     "task": owntask.Arguments,
+    "blimp": blimp.Arguments,
 }
 WIDTH = 140  # columns where no terminal says how many it has
 

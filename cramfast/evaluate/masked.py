@@ -20,8 +20,8 @@ class Hidden:
 
     Attributes:
         ids: [CLS] ... [SEP], the hidden tokens already replaced by [MASK].
-        places: where they are in `ids`, ascending.
-        targets: what was there.
+        places: where they are in `ids`, ascending; a place stands once for each target asked of it.
+        targets: what may have been there.
     """
 
     ids: Sequence[int]
