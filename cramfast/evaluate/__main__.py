@@ -1,13 +1,14 @@
 """The command line: python -m cramfast.evaluate {perplexity,glue,task,blimp,cola} MODEL ..."""
 
 from cramfast.errors import command
-from cramfast.evaluate import blimp, glue, owntask, perplexity
+from cramfast.evaluate import blimp, cola, glue, owntask, perplexity
 
 COMMANDS = {
     "perplexity": perplexity.Arguments,
     "glue": glue.Arguments,
     "task": owntask.Arguments,
     "blimp": blimp.Arguments,
+    "cola": cola.Arguments,
 }
 WIDTH = 140  # columns where no terminal says how many it has
 

@@ -32,7 +32,7 @@ KEYS = ("sentence_good", "sentence_bad", "UID", "linguistics_term", "field")
 @dataclass(frozen=True)
 class Paradigm:
     """Attributes:
-    category: the linguistic phenomenon, one of twelve.
+    category: the linguistic phenomenon, as the data name it.
     field: syntax, semantics, morphology or their border.
     pairs: (good, bad) sentences.
     """
@@ -149,7 +149,9 @@ def table(model: Checkpoint, scores: dict[str, ParadigmScore]) -> ScoreTable:
         notes.append(f"Not the whole set ({PARADIGMS} paradigms of {PAIRS:,} pairs): for a first look only.")
     if ties:
         notes.append(f"{ties:,} pairs tied (both sentences are the same tokens) and count as errors.")
-    return ScoreTable(f"BLiMP: {model.name}", ["phenomenon", "accuracy, %", "lowest", "highest", "paradigms"], rows, notes)
+    return ScoreTable(
+        f"BLiMP: {model.name}", ["phenomenon", "accuracy, %", "lowest", "highest", "paradigms"], rows, notes
+    )
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,7 @@ class Arguments:
         paradigms = read_blimp(self.data, self.limit_per_paradigm)
         model = load(self.model)
         self.machine.place(model.encoder)
-        shown_progress = track(
-            paradigms, "BLiMP", console=console, transient=True, disable=not console.is_terminal
-        )
+        shown_progress = track(paradigms, "BLiMP", console=console, transient=True, disable=not console.is_terminal)
         scores = {paradigm.name: score(model, paradigm) for paradigm in shown_progress}
         shown = table(model, scores)
         shown.show(console)

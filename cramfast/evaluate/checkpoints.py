@@ -138,7 +138,9 @@ def read_modernbert(folder: Path) -> tuple[Encoder, Tensor | None]:
         encoder.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: does not fit cramfast's encoder ({reason}) — biases in matrices are not known") from None
+        raise UserError(
+            f"{path}: does not fit cramfast's encoder ({reason}) — biases in matrices are not known"
+        ) from None
     return encoder.eval(), bias
 
 
@@ -148,6 +150,7 @@ def modernbert_config(written: dict, where: str) -> ModelConfig:
     Raises:
         UserError: a missing key or a choice that our encoder has not.
     """
+
     def one_of(key: str, value, *allowed):
         if value not in allowed:
             raise UserError(f"{where}: {key}={value!r} — cramfast's encoder knows {', '.join(map(repr, allowed))}")
@@ -177,7 +180,8 @@ def modernbert_config(written: dict, where: str) -> ModelConfig:
             rope_theta_local=theta("local_rope_theta", "sliding_attention", 10000.0),
             window=written.get("local_attention", 128),
             global_every=_global_every(written, where),
-            head=one_of("classifier_activation", written.get("classifier_activation", "gelu"), "gelu", "linear") == "gelu",
+            head=one_of("classifier_activation", written.get("classifier_activation", "gelu"), "gelu", "linear")
+            == "gelu",
             pad_id=written.get("pad_token_id", 0),
         )
     except KeyError as error:

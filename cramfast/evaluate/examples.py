@@ -77,7 +77,9 @@ def find_file(stem: Path) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise UserError(f"{candidates[0]}: no such file, nor with {', '.join(COMPRESSIONS)} — GLUE's layout is TASK/train.tsv")
+    raise UserError(
+        f"{candidates[0]}: no such file, nor with {', '.join(COMPRESSIONS)} — GLUE's layout is TASK/train.tsv"
+    )
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -129,7 +131,9 @@ def column_of(path: Path, header: list[str], name: str) -> int:
         UserError: the header does not name it.
     """
     if name not in header:
-        raise UserError(f"{path}:1: no column {name!r} (there: {', '.join(header)}) — the first line must name the columns")
+        raise UserError(
+            f"{path}:1: no column {name!r} (there: {', '.join(header)}) — the first line must name the columns"
+        )
     return header.index(name)
 
 

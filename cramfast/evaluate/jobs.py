@@ -70,7 +70,9 @@ def run(
     entry["seeds"].append(seed)
     entry["seconds"].append(done.seconds)
     entry["skipped_updates"] += done.skipped
-    console.print(f"  seed {seed}: {', '.join(found)}  ({done.steps:,} updates in {span(done.seconds)})", highlight=False)
+    console.print(
+        f"  seed {seed}: {', '.join(found)}  ({done.steps:,} updates in {span(done.seconds)})", highlight=False
+    )
     return done
 
 
@@ -98,7 +100,5 @@ def table_rows(stored: dict[str, dict]) -> list[list[str]]:
             data = entry["remark"] or "official"
             if entry["left_out_rows"]:
                 data += f", {entry['left_out_rows']:,} rows left out"
-            rows.append(
-                [row, entry["metric"], *(f"{v:.2f}" for v in figures), spread, str(len(points)), data]
-            )
+            rows.append([row, entry["metric"], *(f"{v:.2f}" for v in figures), spread, str(len(points)), data])
     return rows

@@ -111,9 +111,7 @@ class Arguments:
         train, dev, classes = read_pair(*self.task_file, self.text, self.label, regression, self.skip_malformed)
         model = load(self.model)
         name = self.task_file[0].name.split(".")[0]
-        job = jobs.make_job(
-            model, self.protocol, name, len(classes), self.metric, train, {name: dev}, "own task"
-        )
+        job = jobs.make_job(model, self.protocol, name, len(classes), self.metric, train, {name: dev}, "own task")
         device, dtype = self.machine.resolve()
         stored: dict[str, dict] = {}
         for seed in range(self.seeds):

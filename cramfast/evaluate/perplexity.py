@@ -226,7 +226,9 @@ class Arguments:
         measured = {}
         for model in models:
             self.machine.place(model.encoder)
-            measured[model.name if model.name not in measured else str(model.folder)] = measure(model, texts, self.masks)
+            measured[model.name if model.name not in measured else str(model.folder)] = measure(
+                model, texts, self.masks
+            )
         shown = table(measured, self.masks)
         shown.show(console)
         figures = {name: to_json(result) for name, result in measured.items()}

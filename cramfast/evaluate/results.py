@@ -21,7 +21,16 @@ def path_of(model: Checkpoint, name: str, out: Path | None) -> Path:
 
 
 def write(path: Path, result: dict, table: ScoreTable) -> None:
-    """Write `result` and the table it is shown as; the file appears complete or not at all.
+    """Write `result` and the table it is shown as.
+
+    Raises:
+        UserError: the disk refused.
+    """
+    write_text(path, json.dumps(result | {"table": table.to_json()}, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears complete or not at all; a missing folder is made.
 
     Raises:
         UserError: the disk refused.
@@ -29,7 +38,7 @@ def write(path: Path, result: dict, table: ScoreTable) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result | {"table": table.to_json()}, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}) — choose another --out") from None
