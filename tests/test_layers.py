@@ -37,6 +37,15 @@ def test_nothing_imports_bench_or_tests(path):
     assert not {name.split(".")[0] for name in imported(path)} & {"bench", "tests"}
 
 
+def test_only_the_command_line_uses_evaluate():
+    """Training, report and model card know the tables that it leaves, not how they came about."""
+    for path in SOURCES.values():
+        assert not {name for name in imported(path) if name.startswith("cramfast.evaluate")}, path.name
+    for path in (ROOT / "cramfast" / "evaluate").glob("*.py"):
+        assert "train" not in ours(path)
+        assert not {name.split(".")[0] for name in imported(path)} & {"bench", "tests", "transformers"}
+
+
 @pytest.mark.parametrize("name", ["errors", "config", "schedule", "interrupt"])
 def test_the_ground_floor_stands_alone(name):
     assert ours(SOURCES[name]) <= {"errors", "config"}

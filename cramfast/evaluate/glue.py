@@ -68,7 +68,7 @@ class Arguments:
     model: tyro.conf.Positional[Path]
     """Run folder, or a Hugging Face ModernBERT folder."""
     data: Path | None = None
-    """Folder in GLUE's original layout (CoLA/train.tsv, ...), plain or compressed; without one, the datasets package."""
+    """Folder in GLUE's original layout (CoLA/train.tsv, ...), plain or compressed; by default the datasets package."""
     tasks: tuple[str, ...] = tuple(TASKS)
     """Tasks; NAME-lite and NAME-nqg are stand-ins from folders so called, marked unofficial."""
     protocol: Literal["cramming", "mnli-start"] = "cramming"

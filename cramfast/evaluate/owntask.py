@@ -43,7 +43,8 @@ def find_classes(path: Path, label: int) -> tuple[str, ...]:
         raise UserError(f"{path}: {len(classes)} different labels — a classifier needs two or more")
     if len(classes) > max(2, len(cells) // 2):
         raise UserError(
-            f"{path}: {len(classes)} different labels in {len(cells)} rows — for numbers use --metric pearson or spearman"
+            f"{path}: {len(classes)} different labels in {len(cells)} rows — "
+            "for numbers use --metric pearson or spearman"
         )
     return classes
 

@@ -19,8 +19,8 @@ from tokenizers import Encoding
 
 from cramfast import pack
 from cramfast.config import require
-from cramfast.errors import UserError
 from cramfast.corpus import Documents, read_documents
+from cramfast.errors import UserError
 from cramfast.evaluate import results
 from cramfast.evaluate.checkpoints import Checkpoint, load
 from cramfast.evaluate.machine import Machine
@@ -46,7 +46,8 @@ class Masks:
     def chosen(self, unit_N: np.ndarray, eligible_N: np.ndarray) -> np.ndarray:
         """Ascending positions of the tokens to hide; unit_N int64, eligible_N bool."""
         keys, positions = np.empty(len(unit_N), np.uint64), np.empty(len(unit_N), np.int64)
-        count = pack.mask_keys(unit_N, eligible_N, self.seed, 0, keys, positions)
+        # Epoch 1: under seed 0 and epoch 0 the first unit's key is 0, so that it would be hidden for certain.
+        count = pack.mask_keys(unit_N, eligible_N, self.seed, 1, keys, positions)
         return positions[:count][keys[:count] < np.uint64(self.fraction * 2.0**64)]
 
 
@@ -157,9 +158,8 @@ def table(results: dict[str, Perplexity], masks: Masks) -> ScoreTable:
         ]
         for name, r in results.items()
     ]  # fmt: skip
-    columns = [
-        "model", "hidden tokens", "loss, nats/token", "perplexity", "accuracy, %", "nats/character", "nats/byte", "masks"
-    ]  # fmt: skip
+    columns = ["model", "hidden tokens", "loss, nats/token", "perplexity", "accuracy, %"]
+    columns += ["nats/character", "nats/byte", "masks"]
     title = f"Masked-language-model loss: {masks.fraction:.0%} of the {masks.unit}, [MASK] always"
     return ScoreTable(title, columns, rows, [_comparable(list(results.values()), masks)])
 
@@ -173,11 +173,11 @@ def _comparable(results: list[Perplexity], masks: Masks) -> str:
             "use --unit words, which hides the same words from all."
         )
     same = len({r.characters for r in results}) == 1
+    nearly = "" if same else " nearly (words with an unknown token are left out, so not quite the same words)"
     return (
-        f"The models split text differently: loss and accuracy per token do not compare. Nats per character and byte do"
-        f"{'' if same else ' nearly (words with an unknown token were left out, so not quite the same words)'}: the same "
-        "words were hidden from all. Two things still favour a tokenizer: more, shorter pieces tell more about the "
-        "length of a word, and characters that its normalizer drops are never predicted."
+        "The models split text differently: loss and accuracy per token do not compare. Nats per character and byte "
+        f"do{nearly}: the same words were hidden from all. Two things still favour a tokenizer: more, shorter pieces "
+        "tell more about the length of a word, and characters that its normalizer drops are never predicted."
     )
 
 

@@ -1,0 +1,543 @@
+"""cramfast.evaluate on tiny models and made-up data; faults in the data must be named, scores must be right."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tiny_run import SENTENCES, make_run, tiny_config
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from cramfast.errors import UserError
+from cramfast.evaluate import __main__ as commandline
+from cramfast.evaluate import blimp, checkpoints, cola, examples, finetune, glue, masked, owntask, perplexity, scores
+from cramfast.evaluate.tasks import NUMBERS, TASKS, find_task
+from cramfast.export import export
+from cramfast.modelcard import with_scores
+from cramfast.record import read_record
+from cramfast.scoretable import ScoreTable
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LOCAL = {"window": 16, "global_every": 2, "rope_theta_global": 160000.0, "rope_theta_local": 5000.0}
+CONSOLE = Console(file=sys.stderr, width=140)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run") / "model", tiny_config(**LOCAL))
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    return export(run, run / "hf").path
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return checkpoints.load(run)
+
+
+def stock_log_probability(stock, ids, place):
+    """log p of the token at `place` when it alone is [MASK], by transformers, unpadded and alone in its batch."""
+    hidden = [4 if i == place else token for i, token in enumerate(ids)]
+    with torch.no_grad():
+        logits = stock(input_ids=torch.tensor([hidden])).logits[0, place].double()
+    return float(logits.log_softmax(-1)[ids[place]])
+
+
+# What can be evaluated
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [LOCAL, {"head": False}, {"head": False, "norm_bias": True}, {"activation": "silu"}, {"global_every": 3}],
+    ids=str,
+)
+def test_an_exported_folder_is_the_same_model(tmp_path, changes):
+    run = make_run(tmp_path / "run", tiny_config(**changes))
+    ours, theirs = checkpoints.load(run), checkpoints.load(export(run, tmp_path / "out", check=False).path)
+    assert theirs.encoder.config.head == ours.encoder.config.head
+    sequence = masked.Hidden([2, 9, 4, 11, 4, 3], [2, 4], [10, 12])
+    for mine, its in zip(*(masked.log_probabilities(m, [sequence]) for m in (ours, theirs)), strict=True):
+        assert np.array_equal(mine, its)
+
+
+def test_own_form_is_read_too(tmp_path):
+    run = make_run(tmp_path / "run", tiny_config(positions="sinusoidal"))
+    loaded = checkpoints.load(export(run, tmp_path / "out").path)
+    assert loaded.encoder.config.positions == "sinusoidal" and loaded.run_dir is None
+
+
+def edit_config(exported, folder, **changes):
+    folder.mkdir()
+    for path in exported.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    written = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in written.items() if v is not None}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "bert"}, "a bert model"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"hidden_activation": "relu"}, "hidden_activation='relu'"),
+        ({"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"] * 2}, "period"),
+        ({"num_hidden_layers": 4}, "does not fit"),
+        ({"hidden_size": None}, "no key 'hidden_size'"),
+        ({"classifier_activation": "linear"}, "linear head that is not the identity"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_models_that_are_refused(exported, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        checkpoints.load(edit_config(exported, tmp_path / "m", **changes))
+
+
+def test_old_and_new_config_keys_say_the_same(exported, tmp_path):
+    whole = checkpoints.load(exported).encoder.config
+    old = {"layer_types": None, "rope_parameters": None}
+    new = {"global_attn_every_n_layers": None, "global_rope_theta": None, "local_rope_theta": None}
+    for number, missing in enumerate((old, new)):
+        assert checkpoints.load(edit_config(exported, tmp_path / str(number), **missing)).encoder.config == whole
+
+
+def test_nothing_to_evaluate(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        checkpoints.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoints.load(tmp_path)
+
+
+def test_pickled_weights_are_never_opened(exported, tmp_path):
+    folder = edit_config(exported, tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickled weights are never opened"):
+        checkpoints.load(folder)
+
+
+# Perplexity
+
+
+def test_loss_is_that_of_transformers(model, exported):
+    masks = perplexity.Masks(fraction=0.3, sequence_len=16)
+    result = perplexity.measure(model, SENTENCES, masks)
+    stock = AutoModelForMaskedLM.from_pretrained(exported, attn_implementation="sdpa").eval()
+    losses, right = [], 0
+    for encoding, chosen, _ in perplexity.hide(model, SENTENCES, masks):
+        ids = np.array(encoding.ids)
+        for begin in range(0, len(ids), 14):
+            part = [2, *(4 if i in chosen else ids[i] for i in range(begin, min(begin + 14, len(ids)))), 3]
+            places = [i for i in chosen if begin <= i < begin + 14]
+            with torch.no_grad():
+                logits = stock(input_ids=torch.tensor([part])).logits[0].double()
+            losses += [-float(logits[i - begin + 1].log_softmax(-1)[ids[i]]) for i in places]
+            right += sum(int(logits[i - begin + 1].argmax()) == ids[i] for i in places)
+    assert result.hidden == len(losses) > 20
+    assert result.loss == pytest.approx(np.mean(losses), abs=1e-4)
+    assert result.accuracy == pytest.approx(right / len(losses))
+
+
+def test_masks_do_not_depend_on_the_length_and_change_with_the_seed(model):
+    def hidden(**changes):
+        masks = perplexity.Masks(fraction=0.3, **changes)
+        return [chosen.tolist() for _, chosen, _ in perplexity.hide(model, SENTENCES, masks)]
+
+    assert hidden(sequence_len=16) == hidden(sequence_len=64)
+    assert hidden(seed=0) != hidden(seed=1)
+
+
+def other_tokenizer():
+    from cramfast.tokenizer import train_tokenizer
+
+    return train_tokenizer(SENTENCES * 50, "bpe", 512)
+
+
+def test_words_are_the_same_for_every_tokenizer(model):
+    other = checkpoints.Checkpoint(model.folder, "other", model.encoder, other_tokenizer(), None, None)
+    masks = perplexity.Masks(unit="words", fraction=0.4)
+    ours, theirs = ([text for _, _, text in perplexity.hide(m, SENTENCES, masks)] for m in (model, other))
+    assert ours == theirs and sum(map(len, ours)) > 100
+    results = {m.name: perplexity.measure(m, SENTENCES, masks) for m in (model, other)}
+    assert len({r.masks for r in results.values()}) == 2
+    assert "the same words were hidden" in perplexity.table(results, masks).notes[0]
+    tokens = perplexity.Masks()
+    results = {m.name: perplexity.measure(m, SENTENCES, tokens) for m in (model, other)}
+    assert "use --unit words" in perplexity.table(results, tokens).notes[0]
+
+
+def test_whole_words_are_hidden_whole(model):
+    masks = perplexity.Masks(unit="words", fraction=0.3)
+    for text, (encoding, chosen, hidden) in zip(SENTENCES, perplexity.hide(model, SENTENCES, masks), strict=True):
+        words = {text[: encoding.offsets[i][0] + 1].count(" ") for i in chosen}
+        every = {i for i, (start, _) in enumerate(encoding.offsets) if text[: start + 1].count(" ") in words}
+        assert every == set(chosen.tolist())
+        assert hidden == "".join(text.split(" ")[word] for word in sorted(words))
+
+
+def test_perplexity_refuses(model):
+    with pytest.raises(UserError, match="takes 128 tokens"):
+        perplexity.measure(model, SENTENCES, perplexity.Masks(sequence_len=200))
+    with pytest.raises(UserError, match="too short"):
+        perplexity.measure(model, ["a"], perplexity.Masks(fraction=1e-9))
+
+
+# BLiMP
+
+
+def pairs_file(path, rows=3):
+    written = [
+        {"sentence_good": SENTENCES[i], "sentence_bad": SENTENCES[i] + " so", "UID": f"p{i % 2}",
+         "linguistics_term": "binding", "field": "syntax"}
+        for i in range(rows)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in written))
+    return path
+
+
+def test_pseudo_log_likelihood_is_that_of_transformers(model, exported):
+    stock = AutoModelForMaskedLM.from_pretrained(exported, attn_implementation="sdpa").eval()
+    # Two that share a hidden copy, one that is there twice.
+    sentences = ["light travels faster than sound !", "light travels faster than summer !", SENTENCES[0]]
+    ours = blimp.pseudo_log_likelihoods(model, [*sentences, SENTENCES[0]])
+    assert list(ours) == sentences
+    for sentence, found in ours.items():
+        ids = model.tokenizer.encode(sentence).ids
+        expected = sum(stock_log_probability(stock, ids, place) for place in range(1, len(ids) - 1))
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_blimp_counts_ties_as_errors(model):
+    paradigm = blimp.Paradigm(
+        "p", "binding", "syntax", [("LIGHT travels", "light travels"), (SENTENCES[0], SENTENCES[1])]
+    )
+    result = blimp.score(model, paradigm)
+    assert result.ties == 1 and result.accuracy in (0.0, 0.5)
+    assert any("1 pairs tied" in note for note in blimp.table(model, {"p": result}).notes)
+
+
+def test_blimp_file(tmp_path):
+    path = pairs_file(tmp_path / "b.jsonl", 5)
+    assert [len(p.pairs) for p in blimp.read_blimp(path)] == [3, 2]
+    assert [len(p.pairs) for p in blimp.read_blimp(path, 1)] == [1, 1]
+    for line, message in (
+        ('{"UID": "x"}', "b.jsonl:6: no key 'sentence_good'"),
+        ("{", "b.jsonl:6: no JSON object"),
+        (
+            '{"sentence_good": "", "sentence_bad": "b", "UID": "x", "linguistics_term": "t", "field": "f"}',
+            "6: a sentence",
+        ),
+    ):
+        pairs_file(path, 5)
+        with path.open("a") as file:
+            file.write(line + "\n")
+        with pytest.raises(UserError, match=message):
+            blimp.read_blimp(path)
+
+
+# GLUE's files
+
+
+ROWS = {
+    "cola": 'gj04\t1\t\tThe sailors rode the breeze.\ngj04\t0\t*\tThey "made him to leave.\n',
+    "mrpc": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\tone thing\tthe other\n0\t3\t4\ta\tb\n",
+    "sts-b": "index\tsentence1\tsentence2\tscore\n0\ta man\ta woman\t2.500\n1\ta\tb\t5.0\n",
+    "rte": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\tc\td\tnot_entailment\n",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_files_in_the_original_layout(tmp_path, name):
+    (tmp_path / "train.tsv").write_text(ROWS[name])
+    found = examples.read_glue(tmp_path / "train.tsv", TASKS[name])
+    assert found.labels == {"cola": [1, 0], "mrpc": [1, 0], "sts-b": [2.5, 5], "rte": [0, 1]}[name]
+    assert {len(text) for text in found.texts} == {1 if name == "cola" else 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("cola", "gj04\t2\t\tA sentence.", r"train\.tsv:3: label '2' is none of 0, 1"),
+        ("cola", "gj04\t1\tA sentence.", "tsv:3: 3 columns where 4"),
+        ("cola", "gj04\t1\t\t ", "tsv:3: no text"),
+        ("sts-b", "9\ta\tb\t5.5", r"tsv:4: label '5\.5' is outside 0 to 5"),
+        ("sts-b", "9\ta\tb\tnan", "tsv:4: label 'nan' is outside"),
+        ("sts-b", "9\ta\tb\tgood", "tsv:4: label 'good' is no number"),
+        ("rte", "9\ta\tb\tneutral", "tsv:4: label 'neutral'"),
+        ("rte", "9\ta", "tsv:4: 2 columns where 4"),
+    ],
+)
+def test_rows_that_are_refused(tmp_path, name, row, message):
+    path = tmp_path / "train.tsv"
+    path.write_text(ROWS[name] + row + "\n")
+    with pytest.raises(UserError, match=message):
+        examples.read_glue(path, TASKS[name])
+    assert examples.read_glue(path, TASKS[name], skip_malformed=True).left_out == 1
+
+
+def test_files_that_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"train\.tsv: no such file"):
+        examples.load_glue(TASKS["rte"], tmp_path, False)
+    path = tmp_path / "train.tsv"
+    path.write_text("index\tsentence1\tlabel\n")
+    with pytest.raises(UserError, match=r"train\.tsv:1: no column 'sentence2'"):
+        examples.read_glue(path, TASKS["rte"])
+    path.write_text("index\tsentence1\tsentence2\tlabel\n")
+    with pytest.raises(UserError, match="holds no examples"):
+        examples.read_glue(path, TASKS["rte"])
+
+
+def test_stand_ins_are_never_official():
+    assert NUMBERS == 9
+    for name, folder, dev_folder in (("QNLI-nqg", "QNLI-nqg", "QNLI"), ("mnli-lite", "MNLI-lite", None)):
+        task = find_task(name)
+        assert (task.folder, task.dev_folder, task.official) == (folder, dev_folder, False)
+    assert len(find_task("mnli-lite").dev) == 1 and find_task("SST2") is TASKS["sst-2"]
+    with pytest.raises(UserError, match="does not exist"):
+        find_task("rte-small")
+
+
+def test_part_of_the_data_is_not_official():
+    part = examples.Examples([("a",)], [0.0])
+    whole = examples.Examples([("a",)] * 8551, [0.0] * 8551)
+    dev = examples.Examples([("a",)] * 1043, [0.0] * 1043)
+    assert examples.is_official(TASKS["cola"], whole, [dev])
+    assert not examples.is_official(TASKS["cola"], whole, [part])
+
+
+def test_scores():
+    truth, guess = [1, 0, 1, 1, 0], [1, 0, 0, 1, 1]
+    assert scores.accuracy(truth, guess) == 0.6
+    assert scores.f1(truth, guess) == pytest.approx(2 / 3)
+    assert scores.matthews(truth, guess) == pytest.approx(1 / 6)
+    assert scores.f1([0, 1, 2], [0, 1, 1]) == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert scores.pearson([1, 2, 3], [2, 4, 6]) == pytest.approx(1) and scores.pearson([1, 2], [3, 3]) == 0
+    assert scores.spearman([1, 2, 3], [1, 10, 11]) == pytest.approx(1)
+
+
+# Fine-tuning
+
+
+def test_classifier_is_that_of_transformers(model, exported):
+    """Loss gradient too: what is trained is what stock transformers would train."""
+    stock = AutoModelForSequenceClassification.from_pretrained(
+        exported, num_labels=3, attn_implementation="sdpa"
+    ).eval()
+    ours = finetune.Classifier(checkpoints.load(exported).encoder, 3, 0.1).eval()
+    ours.classifier.load_state_dict(stock.classifier.state_dict())
+    rows = [np.array(model.tokenizer.encode(text).ids, np.int32) for text in SENTENCES[:3]]
+    mine = ours(*finetune.packed(rows, torch.device("cpu")))
+    for row, scores_3 in zip(rows, mine, strict=True):
+        theirs = stock(input_ids=torch.tensor(row[None].astype(np.int64))).logits[0]
+        assert torch.allclose(scores_3, theirs, atol=1e-4)
+    labels = torch.tensor([0, 2, 1])
+    finetune.loss_of(mine, labels, 3).backward()
+    lists = [stock(input_ids=torch.tensor(row[None].astype(np.int64))).logits[0] for row in rows]
+    torch.nn.functional.cross_entropy(torch.stack(lists), labels).backward()
+    theirs = dict(stock.model.named_parameters())
+    for name, parameter in ours.encoder.named_parameters():
+        if not name.startswith("head."):
+            assert torch.allclose(parameter.grad, theirs[name].grad, atol=1e-4), name
+
+
+def test_rate_of_the_protocol():
+    from transformers import get_cosine_schedule_with_warmup
+
+    protocol = finetune.Protocol()
+    assert (protocol.epochs, protocol.batch, protocol.lr, protocol.max_len, protocol.dropout) == (5, 16, 4e-5, 128, 0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=4e-5)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 5, 57)
+    for step in range(57):
+        assert protocol.rate(step, 57) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(("first", "second"), [(3, 3), (10, 2), (2, 10), (10, 10), (5, 7), (0, 20)])
+def test_pairs_are_cut_as_tokenizers_cuts_them(first, second):
+    pieces = [list(range(first)), list(range(100, 100 + second))]
+    cut = finetune.cut_pieces(pieces, 10)
+    while len(pieces[0]) + len(pieces[1]) > 10:
+        max(pieces[::-1], key=len).pop()
+    assert sum(map(len, cut)) == sum(map(len, pieces)) and all(
+        abs(len(a) - len(b)) <= 1 for a, b in zip(cut, pieces, strict=True)
+    )
+    assert finetune.cut_pieces([list(range(30))], 10) == [list(range(10))]
+
+
+def test_pair_encoding(model):
+    encoded = finetune.encode(model, examples.Examples([("light", "sound !")], [0.0]), 128)
+    ids = [model.tokenizer.encode(text, add_special_tokens=False).ids for text in ("light", "sound !")]
+    assert encoded.ids[0].tolist() == [2, *ids[0], 3, *ids[1], 3]
+
+
+def toy(classes):
+    """Sentences with and without the word that decides the label."""
+    texts, labels = [], []
+    for number in range(64):
+        label = number % 2
+        words = SENTENCES[number % len(SENTENCES)].split()[:4]
+        texts.append((" ".join([*words, "winter" if label else "harbour"]),))
+        labels.append(float(label) if classes else 2.5 * label)
+    return examples.Examples(texts, labels)
+
+
+@pytest.mark.parametrize("classes", [2, 0])
+def test_fit_learns_repeats_and_leaves_the_encoder_alone(model, classes):
+    data = finetune.encode(model, toy(classes), 128)
+    protocol = finetune.Protocol(lr=2e-3)
+    before = {name: p.clone() for name, p in model.encoder.named_parameters()}
+    state = torch.random.get_rng_state()
+
+    def once(seed):
+        return finetune.fit(model.encoder, classes, data, [data], protocol, seed, torch.device("cpu"), torch.float32)
+
+    done, again, other = once(0), once(0), once(1)
+    assert done.steps == 5 * 4 and done.skipped == 0
+    assert np.array_equal(done.predictions[0], again.predictions[0])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    weights = [fit.encoder.embeddings.tok_embeddings.weight for fit in (done, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    metric = scores.accuracy if classes else scores.pearson
+    assert metric(data.labels.tolist(), done.predictions[0].tolist()) > 0.9
+    assert all(torch.equal(p, before[name]) for name, p in model.encoder.named_parameters())
+    assert model.encoder.dropout == done.encoder.dropout == 0
+
+
+def test_dropout_is_on_in_training_only(model):
+    classifier = finetune.Classifier(checkpoints.load(model.folder).encoder, 2, 0.5)
+    batch = finetune.packed([np.array([2, 9, 10, 3], np.int32)], torch.device("cpu"))
+    assert not torch.equal(classifier.train()(*batch), classifier(*batch))
+    assert torch.equal(classifier.eval()(*batch), classifier(*batch))
+
+
+# The commands
+
+
+def write_glue(folder, rows=40):
+    for name in ("CoLA", "RTE", "MNLI-lite"):
+        (folder / name).mkdir(parents=True)
+    for split in ("train", "dev"):
+        cola_rows = [f"src{i % 2}\t{i % 3 % 2}\t\t{SENTENCES[i % 8]} {i}" for i in range(rows)]
+        rte = [f"{i}\t{SENTENCES[i % 8]}\tlight {i}\t{('entailment', 'not_entailment')[i % 2]}" for i in range(rows)]
+        nli = [f"{i}\tlight\tsound {i}\t{('entailment', 'neutral', 'contradiction')[i % 3]}" for i in range(rows)]
+        (folder / "CoLA" / f"{split}.tsv").write_text("\n".join(cola_rows) + "\n")
+        (folder / "RTE" / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rte]) + "\n")
+        header = "index\tsentence1\tsentence2\tgold_label"
+        (folder / "MNLI-lite" / f"{split}.tsv").write_text("\n".join([header, *nli]) + "\n")
+    return folder
+
+
+def command(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
+    commandline.main()
+    return capsys.readouterr().out
+
+
+def test_every_command_on_a_run(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run", tiny_config())
+    export(run, run / "hf", check=False)
+    data = write_glue(tmp_path / "glue")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(SENTENCES))
+    common = ("--threads", 1, "--dtype", "float32")
+
+    out = command(monkeypatch, capsys, "perplexity", run, "--data", text, *common)
+    assert "nats/character" in out and "perplexity.json" in out
+    glue_words = ("glue", run, "--data", data, "--seeds", 2, *common)
+    out = command(monkeypatch, capsys, *glue_words, "--tasks", "cola")
+    assert "unofficial (40, 40 rows)" in out and "mean of" not in out
+    out = command(monkeypatch, capsys, *glue_words, "--tasks", "rte")
+    stored = json.loads((run / "evaluations/glue-cramming.json").read_text())
+    assert set(stored["tasks"]) == {"cola", "rte"}  # the second call adds to the first
+    assert len(stored["tasks"]["cola"]["predictions"]["cola"]) == 2
+    out = command(monkeypatch, capsys, *glue_words, "--protocol", "mnli-start", "--tasks", "rte", "mnli-lite")
+    assert "start from the weights tuned on MNLI" in out
+    out = command(monkeypatch, capsys, "blimp", run, "--data", pairs_file(tmp_path / "b.jsonl"), *common)
+    assert "Not the whole set" in out
+    out = command(monkeypatch, capsys, "cola", run, "--data", data)
+    page = (run / "cola.html").read_text()
+    assert "src0" in page and "binding" in page and "http" not in page
+
+    tables = read_record(run).scores
+    assert [t.title.split(":")[0].split(",")[0] for t in tables] == [
+        "BLiMP",
+        "GLUE",
+        "GLUE",
+        "Masked-language-model loss",
+    ]
+    report, card = (run / "report.html").read_text(), (run / "hf/README.md").read_text()
+    for table in tables:
+        assert table.title in report and table.title in card
+    assert card.count("## Scores") == 1 and card.index("## Scores") < card.index("## Data")
+
+
+def test_own_task(tmp_path, run, monkeypatch, capsys):
+    lines = [
+        "first\tmood",
+        *(
+            f"{' '.join(text)}\t{('calm', 'wild')[int(label)]}"
+            for text, label in zip(toy(2).texts, toy(2).labels, strict=True)
+        ),
+    ]
+    train, dev = tmp_path / "mood.tsv", tmp_path / "dev.tsv"
+    train.write_text("\n".join(lines) + "\n")
+    dev.write_text("\n".join(lines[:21]) + "\n")
+    words = ("task", run, "--task-file", train, dev, "--label", "mood", "--out", tmp_path / "o.json", "--threads", 1)
+    out = command(monkeypatch, capsys, *words, "--metric", "f1", "--lr", "2e-3", "--dtype", "float32", "--seeds", 1)
+    stored = json.loads((tmp_path / "o.json").read_text())
+    assert stored["settings"]["classes"] == ["calm", "wild"] and stored["tasks"]["mood"]["scores"]["mood"][0] > 0.8
+    assert "own task" in out and not (run / "evaluations").exists()
+    with pytest.raises(UserError, match=r"mood\.tsv:1: no column 'label'"):
+        owntask.read_pair(train, dev, (), "label", False, False)
+    with pytest.raises(UserError, match=r"mood\.tsv:2: label 'calm' is no number"):
+        owntask.read_pair(train, dev, (), "mood", True, False)
+    dev.write_text("first\tmood\na text\tangry\n")
+    with pytest.raises(UserError, match=r"dev\.tsv:2: label 'angry' is none of calm, wild"):
+        owntask.read_pair(train, dev, (), "mood", False, False)
+    train.write_text("a\tb\tc\tmood\nx\ty\tz\tcalm\n")
+    with pytest.raises(UserError, match="3 columns beside the label"):
+        owntask.read_pair(train, dev, (), "mood", False, False)
+    train.write_text("first\tmood\n" + "".join(f"x\t{i / 7}\n" for i in range(20)))
+    with pytest.raises(UserError, match="use --metric pearson"):
+        owntask.read_pair(train, dev, (), "mood", False, False)
+
+
+def test_the_mean_needs_all_nine():
+    def entry(rows, remark=""):
+        return {"metric": "f1", "remark": remark, "left_out_rows": 0, "scores": {row: [0.5, 0.7, 0.9] for row in rows}}
+
+    class Named:
+        name = "m"
+
+    whole = {name: entry([examples.dev_name(t, split) for split in t.dev]) for name, t in TASKS.items()}
+    table = glue.glue_table(Named, "cramming", whole)
+    assert table.rows[-1][:3] == ["mean of the 9 numbers", "", "70.00"] and len(table.notes) == 1
+    table = glue.glue_table(Named, "cramming", {**whole, "qqp": entry(["qqp"], "unofficial (3 rows)")})
+    assert table.rows[-1][0] == "partial mean, 8 of the 9 numbers"
+    assert not any("mean" in row[0] for row in glue.glue_table(Named, "cramming", {"a": entry(["a"], "own")}).rows)
+
+
+def test_cola_by_annotation(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("sentence\tlabel\tquestion\tlong\nOne.\t1\t1\t0\nTwo.\t0\t1\t0\nElse.\t1\t1\t1\n")
+    members = cola.read_annotations(path, ["One.", "Two.", "Three."])
+    assert members == {"question": [0, 1]}
+    found = cola.group("question", [0, 1], [1, 0, 1], [[1, 0, 0], [1, 1, 0]])
+    assert found.accuracy == [1.0, 0.5] and found.matthews == [1.0, 0.0]
+    assert cola.group("one", [0], [1, 0], [[1, 0]]).matthews == []
+    path.write_text("sentence\tquestion\nOne.\tyes\n")
+    with pytest.raises(UserError, match="no column of 0 and 1"):
+        cola.read_annotations(path, ["One."])
+
+
+def test_scores_in_a_card_are_replaced():
+    table = ScoreTable("T", ["a|b", "c"], [["x", "1"]], ["note"])
+    text = "# m\n\n## Figures\n\n## Data\n\nrows\n"
+    once = with_scores(text, [table])
+    assert "| a\\|b | c |" in once and with_scores(once, [table]) == once
+    assert with_scores(once, []) == text
+    assert with_scores("# m\n", [table]).startswith("# m\n\n## Scores\n")
