@@ -61,18 +61,21 @@ def fit_stock(
 ) -> tuple[np.ndarray, float]:
     """(predictions, seconds of training) of AutoModelForSequenceClassification.
 
-    Its dropout stands where stock ModernBERT has it: embedding, feed-forward and classifier; attention has none, because
-    dropout on its weights costs stock the fused attention kernel.
+    Its dropout stands where stock ModernBERT has it: embedding, feed-forward and classifier; attention has none,
+    because dropout on its weights costs stock the fused attention kernel.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
     rate = protocol.dropout
+    config = AutoConfig.from_pretrained(
+        folder, num_labels=max(1, classes), embedding_dropout=rate, mlp_dropout=rate, classifier_dropout=rate
+    )
+    config.reference_compile = False  # 4.57 would compile the model on a GPU machine
     with quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=max(1, classes), attn_implementation="sdpa", reference_compile=False,
-            embedding_dropout=rate, mlp_dropout=rate, classifier_dropout=rate, dtype=torch.float32,
-        ).train()  # fmt: skip
+            folder, config=config, attn_implementation="sdpa", dtype=torch.float32
+        ).train()
     torch.nn.init.normal_(model.classifier.weight, 0.0, 0.02)  # as ours
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
     steps = protocol.epochs * math.ceil(len(train.ids) / protocol.batch)
@@ -137,10 +140,9 @@ def show(rows: list[dict]) -> None:
         table.add_column(column, justify="left" if column in ("task", "system", "metric") else "right")
     for row in rows:
         seconds, scores = statistics.median(row["seconds"]), [100 * score for score in row["scores"]]
-        table.add_row(
-            row["task"], row["system"], f"{seconds:.1f}", f"{row['tokens'] / seconds:,.0f}", f"{row['ours_speedup']:.2f}x",
-            row["metric"], f"{statistics.median(scores):.2f}", f"{min(scores):.2f}", f"{max(scores):.2f}",
-        )  # fmt: skip
+        figures = [f"{seconds:.1f}", f"{row['tokens'] / seconds:,.0f}", f"{row['ours_speedup']:.2f}x", row["metric"]]
+        spread = (statistics.median(scores), min(scores), max(scores))
+        table.add_row(row["task"], row["system"], *figures, *(f"{score:.2f}" for score in spread))
     Console(width=130).print(table)
 
 
