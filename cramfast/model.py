@@ -178,8 +178,13 @@ class Encoder(nn.Module):
             return hidden_MD
         return self.norm(self.head.norm, F.gelu(linear(hidden_MD, self.head.dense.weight)))[0]
 
-    def body(self, ids_N: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-        """(delta_ND, stream_ND) after the last layer; their sum is what the final norm sees."""
+    def body(
+        self, ids_N: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows_M: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(delta_ND, stream_ND) after the last layer; their sum is what the final norm sees.
+
+        With `rows_M`, (M, D) of these rows alone: the last feed-forward block is computed for no other.
+        """
         config = self.config
         x_ND = TokenLookup.apply(ids_N, self.embeddings.tok_embeddings.weight)
         if config.positions == "sinusoidal":
@@ -188,13 +193,18 @@ class Encoder(nn.Module):
         stream_ND = self.drop(self.norm(self.embeddings.norm, x_ND)[0])
         delta_ND = None
         for layer in self.layers:
-            delta_ND, stream_ND = self.block(layer, delta_ND, stream_ND, cu_seqlens, max_seqlen)
+            kept_M = rows_M if layer is self.layers[-1] else None
+            delta_ND, stream_ND = self.block(layer, delta_ND, stream_ND, cu_seqlens, max_seqlen, kept_M)
         return delta_ND, stream_ND
 
     def block(
-        self, layer: Layer, delta_ND: Tensor | None, stream_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int
-    ) -> tuple[Tensor, Tensor]:
-        """One layer: its own delta_ND, and the stream with the deltas before that added; none before layer 0."""
+        self, layer: Layer, delta_ND: Tensor | None, stream_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+        kept_M: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """One layer: its own delta_ND, and the stream with the deltas before that added; none before layer 0.
+
+        With `kept_M`, only these rows go on after attention.
+        """
         config = self.config
         if layer.attn_norm is None:
             y_ND = stream_ND
@@ -203,6 +213,8 @@ class Encoder(nn.Module):
         else:
             y_ND, stream_ND = self.norm(layer.attn_norm, delta_ND, stream_ND)
         delta_ND = self.attend(layer, y_ND, cu_seqlens, max_seqlen)
+        if kept_M is not None:
+            delta_ND, stream_ND = delta_ND.index_select(0, kept_M), stream_ND.index_select(0, kept_M)
         norm, gate = layer.mlp_norm, config.activation
         h_NF, stream_ND = kernels.layernorm_glu(
             delta_ND, norm.weight, norm.bias, layer.mlp.Wi.weight, gate, stream_ND, config.norm_eps

@@ -1,12 +1,13 @@
 """cramfast.evaluate on tiny models and made-up data; faults in the data must be named, scores must be right."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from tiny_run import SENTENCES, make_run, tiny_config
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
@@ -21,7 +22,8 @@ from cramfast.scoretable import ScoreTable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOCAL = {"window": 16, "global_every": 2, "rope_theta_global": 160000.0, "rope_theta_local": 5000.0}
-CONSOLE = Console(file=sys.stderr, width=140)
+DATA = Path(os.environ.get("CRAMFAST_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no such folder: {DATA} (CRAMFAST_TEST_DATA names it)")
 
 
 @pytest.fixture(scope="module")
@@ -541,3 +543,28 @@ def test_scores_in_a_card_are_replaced():
     assert "| a\\|b | c |" in once and with_scores(once, [table]) == once
     assert with_scores(once, []) == text
     assert with_scores("# m\n", [table]).startswith("# m\n\n## Scores\n")
+
+
+# The real files
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["cola", "sst-2", "mrpc", "sts-b", "rte"])
+def test_whole_tasks_are_official(name):
+    train, dev = examples.load_glue(TASKS[name], DATA / "glue", False)
+    assert examples.is_official(TASKS[name], train, dev)
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["mnli-lite", "qqp-lite", "qnli-lite", "qnli-nqg"])
+def test_stand_ins_can_be_read(name):
+    task = find_task(name)
+    train, dev = examples.load_glue(task, DATA / "glue", False)
+    assert not examples.is_official(task, train, dev) and len(dev) == 1
+    assert set(train.labels) == set(dev[0].labels) == set(range(len(task.classes)))
+
+
+@needs_data
+def test_whole_blimp():
+    paradigms = blimp.read_blimp(DATA / "blimp" / "blimp.jsonl.xz")
+    assert [len(p.pairs) for p in paradigms] == [blimp.PAIRS] * blimp.PARADIGMS
