@@ -36,6 +36,7 @@ def measure_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what was enqueued; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

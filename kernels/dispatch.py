@@ -1,6 +1,6 @@
 """Which implementation of an operator runs, and why: IMPLEMENTATIONS lists them all, choose() decides.
 
-The rule (docs/decisions/0008): on a CPU the C++ kernels; on a GPU the fastest of those that measured.json says have
+The rule (docs/decisions/0009): on a CPU the C++ kernels; on a GPU the fastest of those that measured.json says have
 passed their tests on its architecture; where that cannot be, PyTorch's own operators. Any other is taken only when
 asked for. There is no silent fallback: every choice has a reason, which `python -m cramfast.doctor` and the first lines
 of a run show, and what is asked for and cannot run is an error.

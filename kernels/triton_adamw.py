@@ -109,6 +109,7 @@ def adamw(
     master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, scalars, partial, size, half_size, segments,
     beta1, beta2, eps, max_norm, _dtype_code,
 ):  # fmt: skip
+    """One update in place; arguments, shapes and formula: csrc/adamw.h."""
     programs = len(partial) - 1
     _adamw_norm_kernel[(programs,)](grad, scalars, partial, size, BLOCK=BLOCK)
     logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))

@@ -63,6 +63,7 @@ def _chunked_row_kernel(logits, target, loss, scale, vocabulary, WRITE: tl.const
 
 
 def cross_entropy(logits, target, loss, scale, rows, vocabulary, write_gradient, _dtype_code):
+    """Loss of every row, gradient in place of the logits; arguments, shapes and formula: csrc/cross_entropy.h."""
     if not rows:
         return
     if vocabulary <= LONGEST_ROW:

@@ -57,12 +57,14 @@ def _grid_and_block(rows: int, features: int) -> tuple[tuple[int, int], int]:
 
 
 def glu_fwd(x, h, rows, features, activation, _dtype_code):
+    """h from x; arguments, shapes and formula: csrc/glu.h."""
     if rows and features:
         grid, block = _grid_and_block(rows, features)
         _glu_fwd_kernel[grid](x, h, features, ACTIVATION=activation, BLOCK=block)
 
 
 def glu_bwd(dh, x, dx, rows, features, activation, _dtype_code):
+    """dx from dh and x; arguments, shapes and formula: csrc/glu.h."""
     if rows and features:
         grid, block = _grid_and_block(rows, features)
         _glu_bwd_kernel[grid](dh, x, dx, features, ACTIVATION=activation, BLOCK=block)

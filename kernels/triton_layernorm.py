@@ -96,6 +96,7 @@ def layernorm_partials(on: torch.Tensor, rows: int) -> int:
 
 
 def layernorm_fwd(x, residual, weight, bias, y, stream, mean, rstd, rows, width, eps, _dtype_code):
+    """stream, y and the statistics of every row; arguments, shapes and formula: csrc/layernorm.h."""
     tile = _tile(width)
     if rows:
         grid = (triton.cdiv(rows, tile["ROWS"]),)
@@ -105,6 +106,7 @@ def layernorm_fwd(x, residual, weight, bias, y, stream, mean, rstd, rows, width,
 def layernorm_bwd(
     dy, dstream, stream, mean, rstd, weight, dx, partial, dweight, dbias, rows, width, _dtype_code
 ):  # fmt: skip
+    """dx, dweight and dbias, the sums in two fixed stages; arguments, shapes and formula: csrc/layernorm.h."""
     partials = len(partial)
     if rows:
         _layernorm_bwd_kernel[(partials,)](

@@ -1,14 +1,12 @@
 """The CUDA kernels on the emulator: the same rule as tests/test_ops.py at small sizes, for the code paths of sm_75 and
 sm_86. Compiled for a GPU elsewhere; what only a GPU can show is listed in csrc/emulator/machine.h."""
 
-import math
-
 import pytest
 import torch
-from test_ops import _assert_as_good_as_eager, _convert_all, _evaluate
+from test_ops import _assert_as_good_as_eager, _evaluate, assert_reproduces_reference
 
 import cramfast.kernels
-from cramfast.kernels import attention, dispatch, emulated, extension, reference
+from cramfast.kernels import attention, dispatch, emulated, extension
 from cramfast.kernels.cases import CASES, rotary_table
 from cramfast.kernels.extension import DTYPE_CODES
 
@@ -79,16 +77,7 @@ def _refusal(case, shape, dtype, module):
 
 def _check(case, shape, dtype):
     """Raise AssertionError for a wrong value, RuntimeError for a fault that the emulator sees."""
-    inputs = case.make(**shape, dtype=dtype, seed=0)
-    ours = _evaluate(cramfast.kernels, case, inputs)
-    if shape.get("nonfinite"):
-        assert math.isnan(ours["out3"][3]) and ours["out3"][4] == 1 and ours["out3"][1] == inputs["scalars"][1]
-        for i, name in enumerate(("master", "exp_avg", "exp_avg_sq")):
-            assert torch.equal(ours[f"out{i}"], inputs[name])
-        return
-    truth = _evaluate(reference, case, _convert_all(inputs, torch.float64))
-    eager = _evaluate(reference, case, inputs)
-    _assert_as_good_as_eager(ours, eager, truth)
+    assert_reproduces_reference("cpu", case, shape, dtype)
 
 
 @pytest.mark.parametrize(("case", "shape", "dtype"), list(_grid()))

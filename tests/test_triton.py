@@ -4,11 +4,9 @@ The interpreter (TRITON_INTERPRET=1, set in conftest.py) runs one program after 
 masks and formulas, not what the compiler and a GPU make of them.
 """
 
-import math
-
 import pytest
 import torch
-from test_ops import _assert_as_good_as_eager, _convert_all, _evaluate
+from test_ops import _assert_as_good_as_eager, _convert_all, _evaluate, assert_reproduces_reference
 
 import cramfast.kernels
 from cramfast.kernels import dispatch, extension, reference
@@ -72,22 +70,9 @@ def _make(case, shape, dtype, seed=0):
     return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
-def _check(case, shape, dtype):
-    inputs = _make(case, shape, dtype)
-    ours = _evaluate(cramfast.kernels, case, inputs)
-    if shape.get("nonfinite"):
-        assert math.isnan(ours["out3"][3]) and ours["out3"][4] == 1 and ours["out3"][1] == inputs["scalars"][1]
-        for i, name in enumerate(("master", "exp_avg", "exp_avg_sq")):
-            assert torch.equal(ours[f"out{i}"], inputs[name])
-        return
-    truth = _evaluate(reference, case, _convert_all(inputs, torch.float64))
-    eager = _evaluate(reference, case, inputs)
-    _assert_as_good_as_eager(ours, eager, truth)
-
-
 @pytest.mark.parametrize(("case", "shape", "dtype"), list(_grid()))
 def test_values_and_gradients_against_float64(case, shape, dtype):
-    _check(case, shape, dtype)
+    assert_reproduces_reference(DEVICE, case, shape, dtype)
 
 
 @pytest.mark.parametrize(("case", "shape", "dtype"), list(_grid((torch.float16,), more={})))
@@ -115,7 +100,7 @@ def test_every_partial_sum_is_added(monkeypatch):
 
     monkeypatch.setattr(triton_layernorm, "SUM_ROWS", 1)
     case = next(case for case in CASES if case.op == "layernorm")
-    _check(case, {"N": 70, "D": 40, "bias": True}, torch.float32)
+    assert_reproduces_reference(DEVICE, case, {"N": 70, "D": 40, "bias": True}, torch.float32)
 
 
 def test_tiles_of_the_fused_kernel_in_groups(monkeypatch):
@@ -126,7 +111,7 @@ def test_tiles_of_the_fused_kernel_in_groups(monkeypatch):
     monkeypatch.setattr(triton_layernorm_glu, "BLOCK_F", 16)
     monkeypatch.setattr(triton_layernorm_glu, "GROUP", 2)
     case = next(case for case in CASES if case.op == "layernorm_glu")
-    _check(case, {"N": 75, "D": 40, "F": 44}, torch.float32)
+    assert_reproduces_reference(DEVICE, case, {"N": 75, "D": 40, "F": 44}, torch.float32)
 
 
 def test_large_mean_costs_the_fused_kernel_no_digits():

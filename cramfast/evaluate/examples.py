@@ -64,6 +64,7 @@ def number_reader(lowest: float = -math.inf, highest: float = math.inf) -> Calla
 
 
 def label_reader(task: Task) -> Callable[[str], float]:
+    """What turns a label cell of the task into a number: class index or score; ValueError for any other."""
     return class_reader(task.classes) if task.classes else number_reader(task.lowest, task.highest)
 
 
@@ -202,4 +203,5 @@ def is_official(task: Task, train: Examples, dev: list[Examples]) -> bool:
 
 
 def dev_name(task: Task, split: Split) -> str:
+    """Name of a development set in the score table: mnli-m and mnli-mm, or the task's own."""
     return f"{task.name}{split.suffix}"

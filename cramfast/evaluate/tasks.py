@@ -61,6 +61,7 @@ class Task:
 
 
 def dev(rows: int) -> tuple[Split, ...]:
+    """The one development set that most tasks have, of so many official rows."""
     return (Split("dev", "validation", rows),)
 
 
