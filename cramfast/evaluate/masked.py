@@ -40,8 +40,7 @@ def log_probabilities(model: Checkpoint, sequences: Sequence[Hidden]) -> tuple[n
     bias_V = None if model.decoder_bias is None else model.decoder_bias.to(device)
     found, best = [], []
     for batch in batches(sequences, device):
-        delta_MD, stream_MD = model.encoder.body(batch.ids_N, batch.cu_seqlens, batch.max_seqlen, batch.masked_index_M)
-        hidden_MD = model.encoder.norm(model.encoder.final_norm, delta_MD, stream_MD)[0]
+        hidden_MD = model.encoder.masked_hidden(batch)
         for rows_D, target in zip(hidden_MD.split(LOGIT_ROWS), batch.target_M.split(LOGIT_ROWS), strict=True):
             logits_MV = model.encoder.logits(rows_D).float()
             if bias_V is not None:
