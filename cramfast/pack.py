@@ -195,11 +195,12 @@ def mask_keys(places, eligible, seed, epoch, keys, positions):
         eligible: (N,) bool.
         keys, positions: (N,) uint64 and int64 to write.
     """
-    stream = _mix(np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch))
+    # One is added to seed and place, because _mix(0) is 0, the key that is always among the chosen.
+    stream = _mix((np.uint64(seed) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch))
     count = 0
     for i in range(len(places)):
         if eligible[i]:
-            keys[count] = _mix(stream + np.uint64(places[i]) * np.uint64(0x9E3779B97F4A7C15))
+            keys[count] = _mix(stream + (np.uint64(places[i]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
             positions[count] = i
             count += 1
     return count
