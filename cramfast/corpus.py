@@ -5,20 +5,23 @@ import gzip
 import io
 import json
 import lzma
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import pyarrow
 import pyarrow.parquet
-import zstandard
+from backports import zstd
 
 from cramfast.errors import UserError
 
 Documents = Literal["blocks", "lines", "files"]
 FORMATS = (".txt", ".jsonl", ".parquet")
-COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstandard.open}
+COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
 # Longest piece of a document held at once, in characters. A file without a single blank line is one document; it is
 # cut here (between lines where it has lines), far above any sequence length, so that memory stays bounded.
 LONGEST_PIECE = 1 << 20
@@ -88,7 +91,20 @@ def read_documents(sources: tuple[str, ...], documents: Documents = "blocks", te
 
 def _open(path: Path) -> BinaryIO:
     opener = COMPRESSIONS.get(path.suffix.lower())
+    if opener and path.stat().st_size == 0:
+        raise EOFError("0 bytes")  # gzip would take it for an empty text
     return opener(path, "rb") if opener else path.open("rb")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what reading a file may raise into a UserError that names it."""
+    try:
+        yield
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
+        raise UserError(f"{path}: damaged or truncated archive ({error}) — fetch or compress it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -98,17 +114,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         UserError: a missing, damaged or undecodable file; the message names the place.
     """
     number = 1
-    try:
-        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="strict", newline=None) as text:
-            while line := text.readline(LONGEST_PIECE):
-                yield number, line
-                number += line.endswith("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{_undecodable(path)} — convert the file to UTF-8") from None
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise UserError(f"{path}: damaged or truncated archive ({error}) — fetch or compress it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    with _readable(path):
+        try:
+            with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="strict", newline=None) as text:
+                while line := text.readline(LONGEST_PIECE):
+                    yield number, line
+                    number += line.endswith("\n")
+        except UnicodeDecodeError:
+            raise UserError(f"{_undecodable(path)} — convert the file to UTF-8") from None
 
 
 def _undecodable(path: Path) -> str:
@@ -141,21 +154,31 @@ def _split_text(path: Path, documents: Documents) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
-    parts: list[str] = []
-    for number, line in read_lines(path):
-        parts.append(line)
-        if not line.endswith("\n") and len(line) == LONGEST_PIECE:
-            continue  # a very long line arrives in pieces
-        whole, parts = "".join(parts), []
-        if whole.strip():
-            yield from _text_of(_parse_json(whole, path, number), text_key, f"{path}:{number}")
+    for number, line in _whole_lines(path):
+        if line.strip():
+            yield from _text_of(_parse_json(line, path, number), text_key, f"{path}:{number}")
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of a text file, however long the line."""
+    number, parts = 1, []
+    for number, piece in read_lines(path):
+        parts.append(piece)
+        if piece.endswith("\n"):
+            yield number, "".join(parts)
+            parts = []
+    if parts:  # the last line has no end
+        yield number, "".join(parts)
 
 
 def _parse_json(line: str, path: Path, number: int) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}:{number}: not JSON ({error}) — each line must hold one object") from None
+    except json.JSONDecodeError as error:
+        what = f"{error.msg} at character {error.pos + 1}"
+        raise UserError(f"{path}:{number}: not JSON ({what}) — each line must hold one object") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise UserError(f"{path}:{number}: not to be read as JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: a JSON {type(row).__name__} where an object is expected")
     return row
@@ -176,17 +199,35 @@ def _text_of(row: dict, text_key: str, where: str) -> Iterator[str]:
             yield text[start : start + LONGEST_PIECE]
 
 
+@contextmanager
+def _seekable(path: Path) -> Iterator[BinaryIO]:
+    """The file, uncompressed: parquet is read from its end, which a compressed stream cannot do."""
+    if path.suffix.lower() not in COMPRESSIONS:
+        with path.open("rb") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as plain:
+        with _open(path) as packed:
+            shutil.copyfileobj(packed, plain)
+        yield plain
+
+
 def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if text_key not in file.schema_arrow.names:
-            names = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{path}: no column {text_key!r} (there: {names}) — name it with --text-key")
-        for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                yield from _text_of({text_key: text}, text_key, str(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: damaged parquet file ({error}) — write it again") from None
+    with _readable(path), _seekable(path) as opened:
+        row = 0
+        try:
+            file = pyarrow.parquet.ParquetFile(opened)
+            if text_key not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise UserError(f"{path}: no column {text_key!r} (there: {names}) — name it with --text-key")
+            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
+                for text in batch.column(0):
+                    row += 1
+                    yield from _text_of({text_key: text.as_py()}, text_key, f"{path}, row {row}")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, row {row}: not UTF-8 ({error.reason}) — write it again") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: damaged parquet file ({error}) — write it again") from None
 
 
 def _read_dataset(source: str, text_key: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ USAGE='usage: [PYTHON=python3] [OUT=device-out] [WHEELS=folder] [DATA="files"] s
 Runs every stage, each within its own budget of seconds; one that fails does not stop the next. Exit status 0 only if
 none failed. In OUT: summary.json (rc and seconds of each stage), log.txt, operators.jsonl, step.jsonl, metrics.jsonl.
 
-  WHEELS      wheels that the machine lacks (cmake, ninja, tyro, zstandard, liger-kernel, ...), installed without network
+  WHEELS      wheels that the machine lacks (cmake, ninja, tyro, backports.zstd, liger-kernel, ...), installed without network
   DATA        text for the step and the training run; nothing: documentation text found on the machine
   --rehearse  on a CPU: device cpu, toy sizes, what needs nvcc is skipped with its reason
   --stages    only these, in this order'

@@ -1,6 +1,7 @@
 """Fixtures that several test files share, and how Triton runs in all of them."""
 
 import os
+from pathlib import Path
 
 import fake_loader
 import pytest
@@ -10,6 +11,23 @@ if not torch.cuda.is_available():
     # Before anything imports Triton, which reads this once. It changes nothing but what test_triton.py checks:
     # without a GPU, Triton's compiler has nothing to compile for.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the options
+def pytest_cmdline_main(config):
+    """The whole suite runs on all cores, a file to a process; a part of it, or with -n or --pdb, as ever."""
+    whole = not config.option.keyword and [Path(a).resolve() for a in config.args] == [Path(__file__).parent]
+    alone = "PYTEST_XDIST_WORKER" not in os.environ  # a worker comes here as well
+    if whole and alone and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses, config.option.dist = len(os.sched_getaffinity(0)), "loadfile"
+
+
+def pytest_configure(config):
+    """Workers of pytest-xdist share the cores; so do the processes that tests start."""
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        threads = max(1, len(os.sched_getaffinity(0)) // int(workers))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

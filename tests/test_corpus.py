@@ -1,25 +1,36 @@
 """Reading text: formats and compressions agree, and every bad input names its place."""
 
 import gzip
+import io
 import json
 import lzma
+import random
 import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
+from backports import zstd
 
 from cramfast import corpus, docstrings
 from cramfast.corpus import read_documents
 from cramfast.errors import UserError
 
 DOCUMENTS = ["First line.\nSecond line of one.", "Ein zweites: Größe, 日本語, 🙂.", "A third."]
-PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress}
 
 
 def read(*sources, **options):
     return list(read_documents(tuple(map(str, sources)), **options))
+
+
+def bad_parquet() -> bytes:
+    """A column of text, of which row 300 is not UTF-8."""
+    texts = pyarrow.array([b"fine"] * 299 + [b"caf\xe9"]).cast(pyarrow.binary())
+    rows = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 300, texts.buffers())})
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(rows, file)
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("compression", PACK)
@@ -29,6 +40,14 @@ def test_every_format_and_compression_gives_the_same_documents(tmp_path, kind, c
     path = tmp_path / f"a.{kind}{compression}"
     path.write_bytes(PACK[compression]((text + "\n").encode()))
     assert read(path) == DOCUMENTS
+
+
+@pytest.mark.parametrize("compression", PACK)
+def test_compressed_parquet(tmp_path, compression):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), file)
+    (tmp_path / f"a.parquet{compression}").write_bytes(PACK[compression](file.getvalue()))
+    assert read(tmp_path) == DOCUMENTS
 
 
 def test_parquet_and_other_columns(tmp_path):
@@ -62,7 +81,8 @@ def test_a_long_document_comes_in_pieces_and_nothing_is_lost(tmp_path, monkeypat
     text = " ".join(f"word{i}" for i in range(200))
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    for name in ("a.txt", "b.jsonl"):
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": text}).ljust(2000))  # a multiple of a piece, and no line end
+    for name in ("a.txt", "b.jsonl", "c.jsonl"):
         pieces = read(tmp_path / name)
         assert max(map(len, pieces)) <= 200
         assert "".join("".join(pieces).split()) == text.replace(" ", "")
@@ -80,6 +100,19 @@ def test_a_long_document_comes_in_pieces_and_nothing_is_lost(tmp_path, monkeypat
         ("a.txt.gz", gzip.compress(b"t")[:10] + b"\xff" * 20, r"a\.txt\.gz: damaged or truncated"),
         ("a.txt.xz", lzma.compress(b"text\n" * 10000)[:-30], r"a\.txt\.xz: damaged or truncated"),
         ("a.txt.zst", b"not zstd at all", r"a\.txt\.zst: damaged or truncated"),
+        (
+            "a.txt.zst",
+            zstd.compress(random.Random(0).randbytes(9999).hex().encode())[:-9],
+            r"a\.txt\.zst: damaged or",
+        ),
+        ("a.txt.gz", b"", r"a\.txt\.gz: damaged or truncated archive \(0 bytes\)"),
+        ("a.jsonl", b"[" * 200_000, r"a\.jsonl:1: not to be read as JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "y"',
+            r"a\.jsonl:2: not JSON \(Expecting ',' .* at character 13\)",
+        ),
+        ("a.parquet", bad_parquet(), r"a\.parquet, row 300: not UTF-8"),
         ("a.docx", b"PK", r"a\.docx: unknown kind of file — cramfast reads \.txt, \.jsonl, \.parquet"),
     ],
 )
