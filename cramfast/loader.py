@@ -16,6 +16,7 @@ from cramfast.errors import UserError
 from cramfast.tokenizer import CLS, FIRST_WORD, MASK, SEP
 
 REMEDY = "run python -m cramfast.prepare again"
+MANIFEST_KEYS = ("key", "splits", "files", "vocab_size", "word_count", "ids_dtype", "unigram_entropy_nats")
 IGNORED = -100  # target of an unused row; cross-entropy's usual mark
 FULL_ENOUGH = 0.94  # a microbatch fuller than this has exactly M masked tokens; only the last of an epoch is not
 
@@ -85,6 +86,9 @@ def read_manifest(folder: Path) -> dict:
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != 1:
         raise UserError(f"{path}: version {version} is not known here — {REMEDY}")
+    for key in MANIFEST_KEYS:
+        if key not in manifest:
+            raise UserError(f"{path}: no key {key!r} — {REMEDY}")
     return manifest
 
 

@@ -4,6 +4,7 @@ import string
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from cramfast.errors import UserError
@@ -25,8 +26,7 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Tokeniz
     Raises:
         UserError: another kind, or a vocabulary too small for the alphabet.
     """
-    if vocab_size % VOCAB_MULTIPLE or vocab_size < 512:
-        raise UserError(f"vocab_size={vocab_size} is not possible — use a multiple of {VOCAB_MULTIPLE} from 512 on")
+    check_vocab_size(vocab_size)
     if kind == "wordpiece":
         tokenizer = _train_wordpiece(texts, vocab_size)
     elif kind == "bpe":
@@ -34,6 +34,28 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Tokeniz
     else:
         raise UserError(f"tokenizer={kind!r} is neither wordpiece, bpe, nor a file — check the path")
     return _finish(tokenizer)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise UserError unless a tokenizer can be trained to this many entries."""
+    if vocab_size % VOCAB_MULTIPLE or vocab_size < 512:
+        raise UserError(f"vocab_size={vocab_size} is not possible — use a multiple of {VOCAB_MULTIPLE} from 512 on")
+
+
+def lost_share(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    """Share of the texts' characters, spaces apart, that no token but [UNK] stands for: dropped by the normaliser, or
+    part of what the vocabulary cannot spell. 0 where there is nothing but spaces."""
+    lost = total = 0
+    for text in texts:
+        covered = np.zeros(len(text), bool)
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token != UNK:
+                covered[begin:end] = True
+        visible = np.array([not character.isspace() for character in text], bool)
+        lost += int((visible & ~covered).sum())
+        total += int(visible.sum())
+    return lost / total if total else 0.0
 
 
 def wordpiece(vocabulary: dict[str, int]) -> Tokenizer:

@@ -1,6 +1,5 @@
 """Microbatches: static shapes, exact masks, rebuilt from nothing, every token once an epoch; damage is named."""
 
-import json
 import random
 import shutil
 import threading
@@ -170,7 +169,13 @@ def test_damaged_files_are_named_with_the_remedy(prepared, tmp_path, name, how):
 def test_a_manifest_that_is_missing_damaged_or_foreign(prepared, tmp_path):
     with pytest.raises(UserError, match=r"manifest\.json: missing"):
         PreparedText(tmp_path, "train")
-    for text, message in (("{", "damaged JSON"), (json.dumps({"version": 99}), "version 99"), ("[]", "version None")):
+    texts = {
+        "{": "damaged JSON",
+        '{"version": 99}': "version 99",
+        "[]": "version None",
+        '{"version": 1}': "no key 'key'",
+    }
+    for text, message in texts.items():
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=message):
             PreparedText(tmp_path, "train")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cramfast.errors import UserError
-from cramfast.tokenizer import FIRST_WORD, SPECIAL_TOKENS, load_tokenizer, train_tokenizer, word_count
+from cramfast.tokenizer import FIRST_WORD, SPECIAL_TOKENS, load_tokenizer, lost_share, train_tokenizer, word_count
 from cramfast.wordcache import WordCache
 
 ADJECTIVES = ("red", "green", "quick", "lazy", "small", "tired", "golden", "unhappy", "running", "walked")
@@ -39,6 +39,13 @@ def test_wordpiece_is_lower_cased_ascii():
     tokens = tokenizer.encode("“Café” — naïve 日本 DOG’s\x00end", add_special_tokens=False)
     assert tokenizer.decode(tokens.ids).replace(" ", "") == '"cafe"-naivedog\'send'
     assert "[UNK]" not in tokens.tokens
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("wordpiece", [0, 9 / 13, 1, 0]), ("bpe", [0, 0, 0, 0])])
+def test_characters_without_a_token_are_counted(kind, expected):
+    texts = ["Hello, café “world” – it’s 17.", "Привет, мир 17.", "x" * 1000, " \n"]
+    tokenizer = train_tokenizer(texts[:2], kind, 512)
+    assert [lost_share(tokenizer, [text]) for text in texts] == expected
 
 
 def test_byte_level_gives_any_text_back():
