@@ -82,11 +82,14 @@ def test_banding_compares_what_is_similar_enough():
 def test_near_duplicates_of_the_documents_kept_are_dropped_and_no_others():
     rng = random.Random(1)
     originals = [prose(rng) for _ in range(300)]
-    close = [changed(text, rng, 1) for text in originals[:100]]  # similarity about 0.93
-    far = [changed(text, rng, 40) for text in originals[100:200]]  # about 0.2
-    assert min(map(jaccard, close, originals)) > 0.88 and max(map(jaccard, far, originals[100:])) < 0.5
-    found = verdicts(originals + close + far, duplicates="near", similarity=0.8)
-    assert found == [0] * 300 + [curation.NEAR] * 100 + [0] * 100
+    close = [changed(text, rng, 1) for text in originals[:100]]
+    middling = [changed(text, rng, 6) for text in originals[100:200]]  # most of them share a band, so are compared
+    far = [changed(text, rng, 40) for text in originals[200:]]
+    assert min(map(jaccard, close, originals)) > 0.88
+    assert 0.5 < min(map(jaccard, middling, originals[100:])) < max(map(jaccard, middling, originals[100:])) < 0.73
+    assert max(map(jaccard, far, originals[200:])) < 0.4
+    found = verdicts(originals + close + middling + far, duplicates="near", similarity=0.8)
+    assert found == [0] * 300 + [curation.NEAR] * 100 + [0] * 200
 
 
 def test_the_first_of_equal_or_similar_documents_stays_and_a_dropped_one_draws_no_others():
