@@ -1,5 +1,6 @@
 """Line charts of a run as SVG text for the report: small however long the run, coloured by the page's style sheet."""
 
+import contextlib
 import io
 import math
 import re
@@ -68,17 +69,7 @@ def chart(
         log_x: logarithmic x axis.
         legend: name the lines.
     """
-    import matplotlib
-
-    size = (9.4, 3.7) if wide else (4.6, 2.7)
-    # No font is asked for by name and none is embedded: the page's style sheet names it.
-    style = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "path.simplify_threshold": 0.3}
-    with matplotlib.rc_context(style):
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-        _decorate(axes, x_label, y_label)
+    with _canvas(x_label, y_label, salt, wide) as (axes, buffer):
         if log_x:
             axes.set_xscale("log")
         drawn = [_draw(axes, line) for line in lines]
@@ -92,9 +83,42 @@ def chart(
         _limits(axes, from_zero=level is None, log_x=log_x)
         if legend:
             axes.legend(frameon=False, labelcolor=INK_COLOUR, loc="upper right")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_page(buffer.getvalue(), f"{y_label} over {x_label}")
+
+
+def bars(edges: np.ndarray, heights: np.ndarray, x_label: str, y_label: str, *, salt: str, log_x: bool = False) -> str:
+    """A histogram as an <svg> element.
+
+    Args:
+        edges: (bins + 1,), ascending.
+        heights: (bins,).
+        x_label, y_label, salt, log_x: as in chart().
+    """
+    with _canvas(x_label, y_label, salt, wide=False) as (axes, buffer):
+        if log_x:
+            axes.set_xscale("log")
+        axes.bar(edges[:-1], heights, width=0.94 * np.diff(edges), align="edge", color=ONE, linewidth=0)
+        axes.set_ylim(0, 1.06 * max(1, np.max(heights)))
+    return _for_page(buffer.getvalue(), f"{y_label} over {x_label}")
+
+
+@contextlib.contextmanager
+def _canvas(x_label: str, y_label: str, salt: str, wide: bool):
+    """(axes to draw on, buffer that holds the SVG once the context has ended)."""
+    import matplotlib
+
+    size = (9.4, 3.7) if wide else (4.6, 2.7)
+    # No font is asked for by name and none is embedded: the page's style sheet names it.
+    style = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "path.simplify_threshold": 0.3}
+    with matplotlib.rc_context(style):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        _decorate(axes, x_label, y_label)
+        buffer = io.StringIO()
+        yield axes, buffer
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
 
 
 def _draw(axes, line: Line) -> bool:

@@ -62,6 +62,36 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Curation:
+    """Which documents are left out; each step is off by default, and counted in manifest.json and curation.json."""
+
+    min_letters: float = 0.0
+    """Least share of letters among a document's characters, white space aside, such as 0.7; 0 keeps all."""
+    max_repeated_lines: float = 1.0
+    """Largest share of a document in lines that it held before, such as 0.3; 1 keeps all."""
+    duplicates: Literal["keep", "exact", "near"] = "keep"
+    """exact: of equal documents the first stays; near: of similar ones too."""
+    similarity: float = 0.8
+    """Of a near-duplicate: least estimated Jaccard similarity, over windows of 24 bytes, to a document that stays."""
+    max_tokens_per_char: float = 0.0
+    """Drop a document of so many tokens a character or more: 0.25 in Cramming, 0.3 for its C4; 0 keeps all."""
+
+    def __post_init__(self):
+        for key in ("min_letters", "max_repeated_lines"):
+            require(0 <= getattr(self, key) <= 1, f"curation.{key}={getattr(self, key)}", "use a share from 0 to 1")
+        require(
+            0.5 <= self.similarity <= 1,
+            f"curation.similarity={self.similarity}",
+            "use 0.5 to 1; less is no duplicate",
+        )
+        require(
+            0 <= self.max_tokens_per_char <= 4,
+            f"curation.max_tokens_per_char={self.max_tokens_per_char}",
+            "use a value such as 0.25, or 0 to keep all; a character makes at most 4 tokens",
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run, resolved; saved as config.json and hashed."""
 
@@ -79,8 +109,15 @@ class TrainConfig:
     """What a document is in a .txt file: a block between blank lines, a line, or the whole file."""
     text_key: str = "text"
     """Field of .jsonl, column of .parquet that holds the text."""
+    curation: Curation = field(default_factory=Curation)
+    order: Literal["shuffled", "sentences", "likelihood"] = "shuffled"
+    """Sequences of an epoch: in random order, those with most "." tokens first, or those of the commonest tokens."""
     sequence_len: int = 128
     """Longest sequence, in tokens, [CLS] and [SEP] included."""
+    short_sequence_len: int = 0
+    """Longest sequence at the start, such as 64; 0: sequence_len from the first update on."""
+    short_fraction: float = 0.25
+    """Share of the budget with short_sequence_len; then a new epoch begins."""
     masking: Literal["bert", "all_mask"] = "bert"
     """bert: 80 % [MASK], 10 % a random token, 10 % kept; all_mask: always [MASK]."""
     mask_fraction: float = 0.3
@@ -138,6 +175,12 @@ class TrainConfig:
             f"sequence_len={self.sequence_len}",
             f"use 8 to model.max_len={self.model.max_len}, or raise model.max_len",
         )
+        require(
+            self.short_sequence_len == 0 or 8 <= self.short_sequence_len < self.sequence_len,
+            f"short_sequence_len={self.short_sequence_len}",
+            f"use 8 or more, less than sequence_len={self.sequence_len}, or 0 for none",
+        )
+        require(0 < self.short_fraction < 1, f"short_fraction={self.short_fraction}", "use a value between 0 and 1")
         require(
             self.microbatch_tokens >= self.sequence_len,
             f"microbatch_tokens={self.microbatch_tokens}",

@@ -10,6 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -25,6 +26,21 @@ COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
 # Longest piece of a document held at once, in characters. A file without a single blank line is one document; it is
 # cut here (between lines where it has lines), far above any sequence length, so that memory stays bounded.
 LONGEST_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text that can be read more than once; the arguments of read_documents."""
+
+    sources: tuple[str, ...]
+    documents: Documents = "blocks"
+    text_key: str = "text"
+
+    def __iter__(self) -> Iterator[str]:
+        return read_documents(self.sources, self.documents, self.text_key)
+
+    def __str__(self) -> str:
+        return " ".join(self.sources)
 
 
 def find_files(sources: tuple[str, ...]) -> list[Path]:

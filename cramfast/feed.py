@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cramfast.config import ModelConfig, TrainConfig
-from cramfast.loader import Batch, BatchSource, Prefetcher
+from cramfast.loader import Batch, BatchSource, LengthenedSource, Prefetcher, Source
 from cramfast.model import Encoder, flops_per_token
 from cramfast.ranges import Range
 
@@ -85,7 +85,7 @@ class Feed:
         position: (epoch, index) of the next microbatch.
     """
 
-    def __init__(self, source: BatchSource, model: ModelConfig, device: torch.device, position: tuple[int, int]):
+    def __init__(self, source: Source, model: ModelConfig, device: torch.device, position: tuple[int, int]):
         self.source, self.model, self.position = source, model, position
         self.upload = None if device.type == "cpu" else Upload(device)
         self.ahead: Prefetcher | None = None
@@ -99,11 +99,14 @@ class Feed:
             self.ahead.close()
 
     @Range("data")
-    def next(self, masked: float) -> tuple[Batch, float]:
+    def next(self, masked: float, lengthened: bool = False) -> tuple[Batch, float]:
         """The next microbatch, with this share of its tokens masked, and the FLOPs of training on it.
 
-        A new share discards what was prepared ahead.
+        A new share discards what was prepared ahead, and so does the first that is asked for `lengthened`: from there
+        on the sequences of a LengthenedSource are long.
         """
+        if lengthened and self.position != (further := self.source.lengthened(self.position)):
+            self.position, self.masked = further, None
         if self.masked != masked:
             self.__exit__()
             self.ahead, self.masked = Prefetcher(self.source, masked, position=self.position), masked
@@ -113,16 +116,23 @@ class Feed:
         return batch if self.upload is None else self.upload(batch), flops
 
 
-def training_source(config: TrainConfig, prepared: Path, microbatch_tokens: int) -> BatchSource:
+def training_source(config: TrainConfig, prepared: Path, microbatch_tokens: int) -> Source:
     """The training split, packed into microbatches of this size and masked as the recipe says."""
-    return BatchSource(
-        prepared,
-        "train",
-        sequence_len=config.sequence_len,
-        batch_tokens=microbatch_tokens,
-        seed=config.seed,
-        masking=config.masking,
-    )
+
+    def packed(sequence_len: int) -> BatchSource:
+        return BatchSource(
+            prepared,
+            "train",
+            sequence_len=sequence_len,
+            batch_tokens=microbatch_tokens,
+            seed=config.seed,
+            masking=config.masking,
+            order=config.order,
+        )
+
+    if config.short_sequence_len == 0:
+        return packed(config.sequence_len)
+    return LengthenedSource(packed(config.short_sequence_len), packed(config.sequence_len))
 
 
 def tensors_of(batch: Batch) -> dict[str, Tensor]:

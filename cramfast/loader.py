@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from cramfast import pack
 from cramfast.errors import UserError
@@ -125,6 +126,8 @@ class BatchSource:
         batch_tokens: N.
         masking: "bert" (80 % [MASK], 10 % random, 10 % kept) or "all_mask".
         shuffle: False keeps the order of the text.
+        order: by what shuffled chunks are sorted then: "sentences", "." tokens of a chunk, most first (the paper's
+            order); "likelihood", mean log-probability of its tokens by their share of the split, commonest first.
         max_sequences: S_max; None takes twice what the text needs on average.
     """
 
@@ -138,6 +141,7 @@ class BatchSource:
         seed: int,
         masking: Literal["bert", "all_mask"] = "bert",
         shuffle: bool = True,
+        order: Literal["shuffled", "sentences", "likelihood"] = "shuffled",
         max_sequences: int | None = None,
     ):
         text = PreparedText(folder, split)
@@ -152,14 +156,32 @@ class BatchSource:
         self.max_sequences = max_sequences or min(batch_tokens // 2, int(2 * batch_tokens / mean) + 8)
         self.sequence_len, self.batch_tokens, self.seed = sequence_len, batch_tokens, seed
         self.masking, self.shuffle = masking, shuffle
+        self.scores = None if order == "shuffled" else self._scores(folder, order)
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def _scores(self, folder: Path, order: str) -> np.ndarray:
+        """What chunks are sorted by, (chunks,), the greatest first."""
+        if order == "sentences":
+            # Most tokenizers cut at every sign, but byte-level ones join some: ").", ".\n".
+            vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+            weights = np.zeros(max(vocabulary.values()) + 1, np.int64)
+            for token, index in vocabulary.items():
+                weights[index] = token.count(".")
+        else:
+            counts = np.bincount(self.ids)
+            weights = np.round(2**20 * np.log2(np.maximum(counts, 1) / len(self.ids))).astype(np.int64)
+        sums = np.empty(len(self.lengths), np.int64)
+        pack.sum_weights(self.ids, self.starts, self.lengths, weights, sums)
+        return sums if order == "sentences" else sums / self.lengths
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(members, batch_offsets) of an epoch; the last two are kept, in a dict never changed, as threads may call."""
         key = epoch if self.shuffle else 0
         plans = self._plans
         if key not in plans:
-            made = pack.plan_epoch(self.lengths, self.batch_tokens, self.max_sequences, self.seed, key, self.shuffle)
+            made = pack.plan_epoch(
+                self.lengths, self.batch_tokens, self.max_sequences, self.seed, key, self.shuffle, self.scores
+            )
             self._plans = {k: v for k, v in plans.items() if k == key - 1} | {key: made}
             return made
         return plans[key]
@@ -216,6 +238,36 @@ class BatchSource:
         return masked, target
 
 
+class LengthenedSource:
+    """Microbatches of short sequences, then of long ones, each with epochs of their own.
+
+    Long epochs are numbered from LONG on, so that a position (epoch, index) says by itself which they are of, and any
+    microbatch is rebuilt from it as before.
+    """
+
+    LONG = 1 << 20  # more epochs than a run has
+
+    def __init__(self, short: BatchSource, long: BatchSource):
+        self.short, self.long = short, long
+
+    def batches(self, epoch: int) -> int:
+        """As BatchSource.batches."""
+        return self.long.batches(epoch - self.LONG) if epoch >= self.LONG else self.short.batches(epoch)
+
+    def batch(self, epoch: int, index: int, mask_fraction: float) -> Batch:
+        """As BatchSource.batch."""
+        if epoch >= self.LONG:
+            return self.long.batch(epoch - self.LONG, index, mask_fraction)
+        return self.short.batch(epoch, index, mask_fraction)
+
+    def lengthened(self, position: tuple[int, int]) -> tuple[int, int]:
+        """Where long sequences go on from a position: there, or at the start of their first epoch."""
+        return max(position, (self.LONG, 0))
+
+
+Source = BatchSource | LengthenedSource
+
+
 class Prefetcher:
     """Iterates over microbatches without end, built ahead by one thread.
 
@@ -225,7 +277,7 @@ class Prefetcher:
     Raises, from `next`: whatever building the microbatch raised.
     """
 
-    def __init__(self, source: BatchSource, mask_fraction: float, position: tuple[int, int] = (0, 0), depth: int = 4):
+    def __init__(self, source: Source, mask_fraction: float, position: tuple[int, int] = (0, 0), depth: int = 4):
         self.position = position
         self._ready: queue.Queue = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
@@ -260,7 +312,7 @@ class Prefetcher:
             except queue.Empty:
                 self._thread.join(timeout=0.05)
 
-    def _work(self, source: BatchSource, mask_fraction: float, position: tuple[int, int]) -> None:
+    def _work(self, source: Source, mask_fraction: float, position: tuple[int, int]) -> None:
         epoch, index = position
         try:
             while not self._closed.is_set():

@@ -1,7 +1,8 @@
 """Packing and masking: which chunks share a microbatch, and which of its tokens are predicted. Pure functions.
 
 A document is cut into chunks that fit a sequence with its [CLS] and [SEP]; a chunk is never cut again. Each epoch
-shuffles the chunks and packs them best-fit into microbatches of N tokens. All of it depends on (seed, epoch) alone.
+shuffles or sorts the chunks and packs them best-fit into microbatches of N tokens. All of it depends on (seed, epoch)
+alone.
 """
 
 import numba
@@ -35,7 +36,13 @@ def chunk_documents(offsets: np.ndarray, sequence_len: int) -> tuple[np.ndarray,
 
 
 def plan_epoch(
-    lengths: np.ndarray, batch_tokens: int, max_sequences: int, seed: int, epoch: int, shuffle: bool
+    lengths: np.ndarray,
+    batch_tokens: int,
+    max_sequences: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    scores: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pack every chunk once.
 
@@ -43,6 +50,8 @@ def plan_epoch(
         lengths: (chunks,) int32, tokens without specials.
         batch_tokens: N, slots of a microbatch.
         max_sequences: S_max, most sequences in one.
+        scores: (chunks,), the greatest first, equal ones in the order they have without; as nearly as the packing
+            allows, which chooses among POOL neighbours.
 
     Returns:
         (members, batch_offsets): microbatch b holds chunks members[batch_offsets[b]:batch_offsets[b + 1]].
@@ -53,9 +62,26 @@ def plan_epoch(
         order = np.argsort(np.random.PCG64DXSM((seed, epoch)).random_raw(len(lengths)), kind="stable")
     else:
         order = np.arange(len(lengths), dtype=np.int64)
+    if scores is not None:
+        order = order[np.argsort(-scores[order], kind="stable")]
     slots = lengths + np.int32(SPECIALS_PER_SEQUENCE)
     members, ends = _pack(order, slots, batch_tokens, max_sequences, POOL, int(slots.max(initial=1)))
     return members, np.concatenate([[0], ends])
+
+
+@numba.njit(cache=True, nogil=True)
+def sum_weights(ids, starts, lengths, weights, sums):
+    """Add up the weights of the tokens of each chunk.
+
+    Args:
+        weights: (V,) int64: whole numbers, so that a sum has no rounding and sorts alike on every machine.
+        sums: (chunks,) int64 to write.
+    """
+    for c in range(len(starts)):
+        total = 0
+        for i in range(starts[c], starts[c] + lengths[c]):
+            total += weights[ids[i]]
+        sums[c] = total
 
 
 @numba.njit(cache=True, nogil=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cramfast.config import ModelConfig, TrainConfig
+from cramfast.config import Curation, ModelConfig, TrainConfig
 from cramfast.errors import UserError
 
 Recipe = Callable[[str], TrainConfig]
@@ -76,6 +76,8 @@ def crammed_bert(device: str) -> TrainConfig:
             head=False,
             init="normal",
         ),
+        curation=Curation(max_tokens_per_char=0.25),
+        order="sentences",
         mask_fraction=0.25,
         mask_fraction_end=0.25,
         microbatch_tokens=microbatch_sequences * 128,

@@ -1,43 +1,15 @@
-"""One self-contained HTML page about a run: python -m cramfast.report RUN."""
+"""One self-contained HTML page about a run, or about a prepared text: python -m cramfast.report FOLDER."""
 
 import math
-import os
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from cramfast import corpusreport
 from cramfast.charts import TWO, Line, chart, stretch
 from cramfast.errors import command
+from cramfast.page import document, figure, flat, table, tile, write_page
 from cramfast.record import Record, read_record, short, span
-
-STYLE = """
-:root { color-scheme: light dark; --page: #fbfbf9; --card: #ffffff; --ink: #24292f; --soft: #636c76; --grid: #dfe2e6;
-  --one: #1f6feb; --two: #c4500c; --good: #1a7f37; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e2e6ea; --soft: #98a2ac;
-  --grid: #363c43; --one: #6cb0ff; --two: #ff9a4d; --good: #56d364; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 62rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
-h3 { font-size: .95rem; margin: 1.2rem 0 .4rem; }
-p { margin: .4rem 0; } .soft { color: var(--soft); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; margin: 1.4rem 0; }
-.tile, .tile2, figure { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; }
-.tile, .tile2 { padding: .7rem .85rem; } .tile2 { grid-column: span 2; }
-.tile2 b, .tile b { display: block; font-size: 1.35rem; line-height: 1.3; font-weight: 600; }
-.tile span, .tile2 span { color: var(--soft); font-size: .82rem; }
-.charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .8rem; }
-figure { margin: 0; padding: .5rem; } figure.wide { grid-column: 1 / -1; }
-svg { display: block; width: 100%; height: auto; }
-figcaption { color: var(--soft); font-size: .82rem; padding: .2rem .4rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; }
-th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; } td.n { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-pre { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto;
-  font-size: .85rem; } details { margin-top: 2.2rem; } summary { cursor: pointer; font-size: 1.1rem; font-weight: 600; }
-@media (max-width: 44rem) { .charts { grid-template-columns: 1fr; } }
-@media print { body { max-width: none; } figure, .tile, .tile2 { break-inside: avoid; } }
-"""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -47,12 +19,7 @@ def write_report(run_dir: Path) -> Path:
         UserError: no run folder, or a damaged config.json or manifest.json.
     """
     run_dir = Path(run_dir)
-    path = run_dir / "report.html"
-    page = render(read_record(run_dir))
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_page(run_dir / "report.html", render(read_record(run_dir)))
 
 
 def render(record: Record) -> str:
@@ -62,7 +29,7 @@ def render(record: Record) -> str:
         f'<p class="soft">{escape(_subtitle(record))}</p>',
         *(f"<p>{escape(note)}</p>" for note in _notes(record)),
         '<div class="tiles">',
-        *(_tile(name, value) for name, value in tiles(record)),
+        *(tile(name, value) for name, value in tiles(record)),
         "</div>",
         '<div class="charts">',
         *_figures(record),
@@ -82,13 +49,7 @@ def render(record: Record) -> str:
         table(flat(record.config)) if record.config else "<p class=soft>No config.json in the run folder.</p>",
         "</details>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(record.name)} · cramfast</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+    return document(record.name, parts)
 
 
 def tiles(record: Record) -> list[tuple[str, str]]:
@@ -107,10 +68,6 @@ def tiles(record: Record) -> list[tuple[str, str]]:
         ("parameters", short(record.parameters), record.parameters),
     ]
     return [(name, value) for name, value, known in candidates if math.isfinite(known)]
-
-
-def _tile(name: str, value: str) -> str:
-    return f"<div class={'tile2' if '→' in value else 'tile'}><b>{escape(value)}</b><span>{escape(name)}</span></div>"
 
 
 def loss(value: float) -> str:
@@ -199,7 +156,7 @@ def _loss_figure(
     caption = ""
     if (joined := stretch(len(usable))) > 1:
         caption = f"Line: mean of {joined} neighbouring updates; band: their lowest and highest."
-    return _figure(svg, caption if wide else "", wide)
+    return figure(svg, caption if wide else "", wide)
 
 
 def _step_figure(record: Record, key: str, label: str, scale: float = 1) -> str:
@@ -207,7 +164,7 @@ def _step_figure(record: Record, key: str, label: str, scale: float = 1) -> str:
     if not any(map(math.isfinite, values)):
         return ""
     line = Line(label, record.column("tokens"), values, band=True)
-    return _figure(chart([line], "tokens", label, salt=key))
+    return figure(chart([line], "tokens", label, salt=key))
 
 
 def _accuracy_figure(record: Record) -> str:
@@ -216,12 +173,7 @@ def _accuracy_figure(record: Record) -> str:
         return ""
     label = "held-out accuracy, % of masked tokens"
     line = Line(label, record.column("tokens", record.evaluations), values, colour=TWO, dots=True)
-    return _figure(chart([line], "tokens", label, salt="accuracy"))
-
-
-def _figure(svg: str, caption: str = "", wide: bool = False) -> str:
-    caption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure{' class=wide' if wide else ''}>{svg}{caption}</figure>"
+    return figure(chart([line], "tokens", label, salt="accuracy"))
 
 
 def _scores(record: Record) -> list[str]:
@@ -280,43 +232,12 @@ def _source_name(source) -> str:
     return source
 
 
-def flat(values: dict, prefix: str = "") -> list[tuple[str, str]]:
-    """One (dotted name, text) for each leaf; floats to six digits."""
-    rows = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            rows += flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((prefix + str(key), _text(value)))
-    return rows
-
-
-def _text(value) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_text, value)) or "(none)"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10000 else str(value)
-
-
-def table(rows: list, names: list[str] = ()) -> str:
-    """An HTML table; the first cell of a row names it when there is no header."""
-    head = "<tr>" + "".join(f"<th>{escape(str(name))}</th>" for name in names) + "</tr>" if names else ""
-    body = []
-    for row in rows:
-        cells = [f"<td class=n>{escape(_text(cell))}</td>" for cell in row]
-        if not names:
-            cells[0] = f"<th>{escape(str(row[0]))}</th>"
-        body.append("<tr>" + "".join(cells) + "</tr>")
-    return f'<div class="scroll"><table>{head}{"".join(body)}</table></div>'
-
-
 @dataclass(frozen=True)
 class Arguments:
-    """Write report.html, one self-contained page, into a run folder."""
+    """Write report.html, one self-contained page, into a run folder or a prepared one."""
 
-    run: Path
-    """Run folder, e.g. runs/NAME."""
+    folder: Path
+    """Run folder, e.g. runs/NAME, or a folder made by python -m cramfast.prepare."""
 
 
 def main() -> None:
@@ -325,7 +246,8 @@ def main() -> None:
     from rich.console import Console
 
     form = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments)
-    path = write_report(tyro.cli(form, prog="python -m cramfast.report").run)
+    folder = tyro.cli(form, prog="python -m cramfast.report").folder
+    path = corpusreport.write_report(folder) if (folder / "train.ids").exists() else write_report(folder)
     size = f"{path.stat().st_size / 1e3:.0f} kB"
     Console(soft_wrap=True, highlight=False, markup=False).print(f"report: {path} ({size})")
 

@@ -50,3 +50,8 @@ def microbatches(f: float, microbatch_tokens: int, batch_tokens: int, ramp_fract
 def mask_fraction(f: float, start: float, end: float) -> float:
     """Linear from start to end, in steps of 0.01: each new value is a new static shape."""
     return start if start == end else round(start + (end - start) * f, 2)
+
+
+def lengthened(f: float, short_sequence_len: int, short_fraction: float) -> bool:
+    """Whether a run that began with short sequences is through with them."""
+    return short_sequence_len > 0 and f >= short_fraction

@@ -9,7 +9,9 @@ from tokenizers import Tokenizer
 
 from cramfast import checkpoint, demo, export, kernelchoice, prepare, report
 from cramfast.config import TrainConfig
+from cramfast.curation import summary
 from cramfast.errors import UserError
+from cramfast.loader import read_manifest
 from cramfast.microbatch import graph_choice
 from cramfast.progress import Stages
 from cramfast.record import read_record, span
@@ -56,8 +58,11 @@ def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
             heldout_fraction=config.heldout_fraction,
             documents=config.documents,
             text_key=config.text_key,
+            curation=config.curation,
             progress=stages,
         )
+    for line in summary(read_manifest(prepared)):
+        print(line)
     size = Tokenizer.from_file(str(prepared / "tokenizer.json")).get_vocab_size()
     if size != config.model.vocab_size:
         print(f"the tokenizer has {size} entries: model.vocab_size={size}")

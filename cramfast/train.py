@@ -21,7 +21,7 @@ from cramfast.feed import Feed, evaluate, heldout_batches, to_device, training_s
 from cramfast.interrupt import Interrupt
 from cramfast.kernels.linear import allow_half_accumulation
 from cramfast.ledger import Clock, Ledger, Step
-from cramfast.loader import BatchSource
+from cramfast.loader import Source
 from cramfast.metrics import Display, MetricsLog
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model import Encoder
@@ -71,13 +71,14 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
             ledger.begin()
             lr = config.lr * lr_shape(fraction)
             masked = schedule.mask_fraction(fraction, config.mask_fraction, config.mask_fraction_end)
+            lengthened = schedule.lengthened(fraction, config.short_sequence_len, config.short_fraction)
             planned = pieces * schedule.microbatches(
                 fraction, config.microbatch_tokens, config.batch_tokens, config.ramp_fraction
             )
             microbatches = budget.microbatches(ahead, planned)
             tokens, flops, loss_sum = 0, 0.0, microbatch.loss_sum.zero_()
             for _ in range(microbatches):
-                batch, batch_flops = feed.next(masked)
+                batch, batch_flops = feed.next(masked, lengthened)
                 microbatch.run(batch)  # adds to the loss and to the flat gradient
                 tokens, flops = tokens + batch.tokens, flops + batch_flops
                 if interrupt.requested:
@@ -107,7 +108,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
     return budget.fraction(progress) >= 1
 
 
-def start(config: TrainConfig, source: BatchSource, clock: Clock) -> tuple[Encoder, AdamW, Microbatch]:
+def start(config: TrainConfig, source: Source, clock: Clock) -> tuple[Encoder, AdamW, Microbatch]:
     """Model, optimizer and microbatch as drawn from the seed, after one trial step that changed nothing.
 
     Compilers and caches do their first work in that step, outside the budget, and memory that is too small shows.

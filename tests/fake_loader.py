@@ -19,7 +19,9 @@ WORDS = 59
 
 
 class FakeSource:
-    def __init__(self, prepared, split, *, sequence_len, batch_tokens, seed, masking="bert", shuffle=True):
+    def __init__(
+        self, prepared, split, *, sequence_len, batch_tokens, seed, masking="bert", shuffle=True, order="shuffled"
+    ):
         self.len, self.tokens, self.seed = sequence_len, batch_tokens, seed + (split == "heldout") * 1000
 
     def batches(self, epoch):

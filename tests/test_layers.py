@@ -56,7 +56,9 @@ def test_nothing_imports_the_training_loop(name):
     assert "train" not in ours(SOURCES[name])
 
 
-@pytest.mark.parametrize("name", ["corpus", "tokenizer", "pack", "loader", "prepare"])
+@pytest.mark.parametrize(
+    "name", ["corpus", "curation", "minhash", "tokenizer", "pack", "loader", "survey", "splits", "prepare"]
+)
 def test_text_knows_no_model(name):
     if name not in SOURCES:
         pytest.skip(f"{name}.py is not there")

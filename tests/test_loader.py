@@ -7,9 +7,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
+from cramfast.config import ModelConfig
 from cramfast.errors import UserError
-from cramfast.loader import BatchSource, Prefetcher, PreparedText, verify
+from cramfast.feed import Feed
+from cramfast.loader import BatchSource, LengthenedSource, Prefetcher, PreparedText, verify
 from cramfast.prepare import prepare
 
 N, L, FRACTION = 1024, 64, 0.3
@@ -98,6 +101,37 @@ def test_a_batch_is_a_pure_function(prepared):
     assert not same(first.batch(0, 0, FRACTION), first.batch(1, 0, FRACTION))
 
 
+def members_of(batches, epoch=0):
+    members, _ = batches.plan(epoch)
+    return [batches.ids[batches.starts[c] : batches.starts[c] + batches.lengths[c]] for c in members]
+
+
+@pytest.mark.parametrize("tokenizer", ["wordpiece", "bpe"])
+def test_sequences_of_many_sentences_or_common_words_come_first(tmp_path, tokenizer):
+    rng = random.Random(1)
+    common, rare = ["the", "of", "and", "to"], [f"{a}{b}" for a in "bcdfgh" for b in "aeiou"]
+    documents = [" ".join(rng.choices(rng.choice((common, common, rare)), k=19)) for _ in range(9000)]
+    dots = [rng.randint(0, 9) for _ in documents]
+    text = (" ".join(w + "." * (i < n) for i, w in enumerate(d.split())) for d, n in zip(documents, dots, strict=True))
+    (tmp_path / "a.txt").write_text("\n\n".join(text))
+    folder = prepare((str(tmp_path / "a.txt"),), tmp_path / "out", vocab_size=512, tokenizer=tokenizer)
+    names = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token
+    stops = np.array(
+        [sum(names(int(i)).count(".") for i in ids) for ids in members_of(source(folder, order="sentences"))]
+    )
+    assert stops.sum() > 30_000 and stops[:1000].min() > stops[-1000:].max()
+    assert np.corrcoef(stops, np.arange(len(stops)))[0, 1] < -0.95
+    batches = source(folder, order="likelihood")
+    share = np.bincount(batches.ids) / len(batches.ids)
+    likelihood = np.array([np.log(share[ids]).mean() for ids in members_of(batches)])
+    perfect = np.sort(likelihood)[::-1]  # the packer fills gaps with neighbours, so the order bends a little
+    assert np.abs(likelihood - perfect).mean() < 0.1 * np.abs(likelihood[::-1] - perfect).mean()
+    for order in ("sentences", "likelihood"):
+        one, two = (source(folder, order=order) for _ in range(2))
+        assert same(one.batch(0, 7, FRACTION), two.batch(0, 7, FRACTION))
+        assert not same(one.batch(0, 7, FRACTION), one.batch(1, 7, FRACTION))  # equal ones are shuffled anew
+
+
 def test_other_masks_in_another_epoch_for_the_same_tokens(prepared):
     batches = source(prepared, shuffle=False)
     a, b = batches.batch(0, 0, FRACTION), batches.batch(1, 0, FRACTION)
@@ -114,6 +148,22 @@ def test_a_tiny_text_still_makes_a_batch(tmp_path):
         assert batches.batches(0) == 1
         batch = batches.batch(0, 0, FRACTION)
         assert 0 < (batch.target_M >= 0).sum() < batch.tokens - 2
+
+
+def test_sequences_lengthen_once_and_a_position_alone_says_how_long_they_are(prepared):
+    short, long = source(prepared, sequence_len=16), source(prepared)
+    both = LengthenedSource(short, long)
+    beyond = both.LONG + 1
+    assert (both.batches(1), both.batches(beyond)) == (short.batches(1), long.batches(1))
+    assert same(both.batch(1, 2, FRACTION), short.batch(1, 2, FRACTION))
+    assert same(both.batch(beyond, 2, FRACTION), long.batch(1, 2, FRACTION))
+    with Feed(both, ModelConfig(), torch.device("cpu"), (0, 3)) as feed:
+        batches = [feed.next(FRACTION, lengthened)[0] for lengthened in (False, False, True, True, False)]
+        position = feed.position
+    wanted = [short.batch(0, i, FRACTION) for i in (3, 4)] + [long.batch(0, i, FRACTION) for i in (0, 1, 2)]
+    assert all(map(same, batches, wanted)) and [b.max_seqlen for b in batches] == [16, 16, L, L, L]
+    with Feed(both, ModelConfig(), torch.device("cpu"), position) as feed:  # resumed, also with a larger budget
+        assert same(feed.next(FRACTION, False)[0], long.batch(0, 3, FRACTION))
 
 
 def test_prefetcher_gives_the_same_batches_across_epochs_and_closes(prepared):

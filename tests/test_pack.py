@@ -69,6 +69,38 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert plan(0, 0)[:5] == [921, 376, 377, 139, 811]  # golden: the same on every machine and version of numpy
 
 
+def test_sorted_chunks_come_in_the_order_of_their_scores_and_equal_ones_shuffled():
+    rng = np.random.default_rng(0)
+    lengths = np.full(20_000, 20, np.int32)
+    scores = rng.integers(0, 50, len(lengths))
+
+    def members(epoch):
+        return pack.plan_epoch(lengths, 1024, 60, 3, epoch, True, scores)[0]
+
+    first, second = members(0), members(1)
+    assert (np.diff(scores[first]) <= 0).all()
+    assert np.array_equal(np.sort(first), np.arange(len(lengths))) and not np.array_equal(first, second)
+    assert np.array_equal(first, members(0))
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_sorting_costs_the_packing_nothing_and_bends_little(kind):
+    rng = np.random.default_rng(0)
+    _, lengths = pack.chunk_documents(offsets_of(LENGTHS[kind](rng).astype(np.int64)), 128)
+    scores = rng.integers(0, 9, len(lengths))
+    members, offsets = pack.plan_epoch(lengths, 4096, 2000, 0, 0, True, scores)
+    used = np.add.reduceat(lengths[members] + 2, offsets[:-1])
+    assert used[:-1].mean() / 4096 > 0.99
+    wanted = np.sort(scores)[::-1]
+    assert np.abs(scores[members] - wanted).mean() < 0.5 * np.abs(scores - wanted).mean()
+
+
+def test_weights_add_up_chunk_by_chunk():
+    ids, weights, sums = np.array([3, 1, 1, 0, 2], np.uint16), np.array([1, 10, 100, -7]), np.empty(2, np.int64)
+    pack.sum_weights(ids, np.array([0, 3]), np.array([3, 2], np.int32), weights, sums)
+    assert sums.tolist() == [13, 101]
+
+
 def test_keys_depend_on_seed_epoch_and_place_alone():
     places = np.arange(5000, dtype=np.int64)
 

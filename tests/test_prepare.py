@@ -15,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from cramfast import prepare as stage
+from cramfast import splits
 from cramfast.errors import UserError, command
 from cramfast.loader import PreparedText, read_manifest, verify
 from cramfast.prepare import prepare
@@ -55,12 +56,14 @@ def test_what_is_stored_is_the_text(tmp_path):
     for name, text in split.items():
         assert manifest["splits"][name] == {
             "documents": len(text.offsets) - 1,
+            "words": manifest["splits"][name]["words"],
             "tokens": len(text.ids),
             "characters": manifest["splits"][name]["characters"],
         }
     assert (
         sum(s["characters"] for s in manifest["splits"].values()) == len((tmp_path / "a.txt").read_text()) - 2 * 199 - 1
     )
+    assert sum(s["words"] for s in manifest["splits"].values()) == len((tmp_path / "a.txt").read_text().split())
     counts = np.bincount(split["train"].ids)
     share = counts[counts > 0] / counts.sum()
     assert manifest["unigram_entropy_nats"] == pytest.approx(-(share * np.log(share)).sum())
@@ -160,10 +163,10 @@ def test_too_little_text(tmp_path, text, message):
 
 
 def test_a_full_disk_keeps_nothing_and_says_so(tmp_path, monkeypatch):
-    def full(self, ids, lengths, characters):
+    def full(self, ids, lengths, texts):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(stage._SplitWriter, "append", full)
+    monkeypatch.setattr(splits.SplitWriter, "append", full)
     with pytest.raises(UserError, match="the disk is full"):
         prepare((write_text(tmp_path / "a.txt"),), tmp_path / "out", **OPTIONS)
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

@@ -23,7 +23,17 @@ class HalfWay(Budget):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("changes", [{}, {"mask_fraction_end": 0.15}], ids=["", "mask schedule"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mask_fraction_end": 0.15},
+        {"short_sequence_len": 8, "short_fraction": 0.3},
+        {"short_sequence_len": 8, "short_fraction": 0.5},  # the second half begins with the first long sequences
+        {"short_sequence_len": 8, "short_fraction": 0.7},
+    ],
+    ids=["", "mask schedule", "long before", "long at once", "long later"],
+)
 def test_two_halves_equal_the_whole(tmp_path, dtype, changes):
     whole = run(tmp_path / "whole", "24000tokens", dtype=dtype, **changes)
     halves = tmp_path / "halves"

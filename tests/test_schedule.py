@@ -4,6 +4,7 @@ import pytest
 
 from cramfast import schedule
 from cramfast.budget import Budget, Progress, parse_budget, read_replay
+from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 
 
@@ -70,3 +71,14 @@ def test_replay_needs_every_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(row.format(1) + row.format(3))
     with pytest.raises(UserError, match="steps are missing"):
         read_replay(tmp_path / "metrics.jsonl")
+
+
+def test_short_sequences_end_at_their_share_of_the_budget():
+    assert [schedule.lengthened(f, 64, 0.25) for f in (0, 0.2499, 0.25, 1)] == [False, False, True, True]
+    assert not schedule.lengthened(1, 0, 0.25)
+
+
+@pytest.mark.parametrize("values", [{"short_sequence_len": 7}, {"short_sequence_len": 128}, {"short_fraction": 1.0}])
+def test_impossible_short_sequences_are_named_with_the_remedy(values):
+    with pytest.raises(UserError, match=f"{next(iter(values))}=.* is not possible — use"):
+        TrainConfig(**values)

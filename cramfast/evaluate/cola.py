@@ -20,8 +20,8 @@ from cramfast.evaluate.examples import column_of, find_file, read_glue, read_row
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.scores import accuracy, matthews
 from cramfast.evaluate.tasks import TASKS
+from cramfast.page import document
 from cramfast.record import EVALUATIONS, read_json
-from cramfast.report import STYLE
 
 HARDEST = 30  # sentences shown that every seed misjudged
 PAGE_STYLE = """
@@ -153,17 +153,16 @@ def render(
         f"<tr><td class=n>{'acceptable' if label else 'unacceptable'}</td><td>{escape(sentence)}</td></tr>"
         for sentence, label in hardest
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>CoLA · {escape(name)}</title><style>{STYLE}{PAGE_STYLE}</style></head>\n<body>\n"
-        f"<h1>CoLA by {kind}</h1>\n<p class=soft>{escape(name)}, development set, {seeds} seeds. Matthews correlation: "
-        "median (lowest to highest seed); – where every sentence of a group has the same label. A small group's figure "
-        "is mostly noise.</p>\n"
-        f'<div class="beside"><div><h2>CoLA</h2>{table(groups)}</div>'
-        f"<div><h2>BLiMP</h2>{blimp_table(blimp) if blimp else missing}</div></div>\n"
-        f"<h2>Misjudged by every seed</h2>\n{_html_table(('label', 'sentence'), [listed])}\n</body></html>\n"
-    )
+    parts = [
+        f"<h1>CoLA by {kind}</h1>",
+        f"<p class=soft>{escape(name)}, development set, {seeds} seeds. Matthews correlation: median (lowest to "
+        "highest seed); – where every sentence of a group has the same label. A small group's figure is mostly "
+        "noise.</p>",
+        f'<div class="beside"><div><h2>CoLA</h2>{table(groups)}</div>',
+        f"<div><h2>BLiMP</h2>{blimp_table(blimp) if blimp else missing}</div></div>",
+        f"<h2>Misjudged by every seed</h2>\n{_html_table(('label', 'sentence'), [listed])}",
+    ]
+    return document(f"CoLA · {name}", parts, PAGE_STYLE)
 
 
 @dataclass(frozen=True)
