@@ -7,9 +7,11 @@ The folder appears under its name only when it is complete; what was interrupted
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +24,14 @@ from cramfast.config import Curation
 from cramfast.corpus import Corpus, Documents, find_files
 from cramfast.curation import Curator, summary
 from cramfast.errors import UserError, command
-from cramfast.loader import check_size, read_manifest, verify
+from cramfast.loader import read_manifest, verify
 from cramfast.splits import SplitWriter, encode
 from cramfast.survey import Report, Survey
-from cramfast.tokenizer import load_tokenizer, train_tokenizer, word_count
+from cramfast.tokenizer import check_vocab_size, load_tokenizer, lost_share, train_tokenizer, word_count
+
+# Text in another script than the tokenizer's vanishes without a trace in the loss, so the sample is looked at.
+LOST_WARNED, LOST_REFUSED = 0.02, 0.5
+LOST_PIECES, LOST_CHARACTERS = 1000, 500  # of the sample's beginning, a uniform draw; half a second
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def prepare(
         UserError: no text, unreadable text, a full disk, an `out` that holds something else.
     """
     report, curation = progress or (lambda stage, done, total: None), curation or Curation()
-    if len(data) == 1 and (Path(data[0]) / "manifest.json").is_file():
+    if len(data) == 1 and is_prepared(Path(data[0])):
         _check_curation(Path(data[0]), curation)
         verify(Path(data[0]))  # reads it all once: a folder that was moved or edited must not fail in mid-run
         return Path(data[0])
@@ -91,6 +97,8 @@ def prepare(
         raise UserError(f"heldout_fraction={heldout_fraction} is not possible — use a value such as 0.01")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed} is not possible — use 0 or more")
+    if tokenizer in ("wordpiece", "bpe"):
+        check_vocab_size(vocab_size)
     options = Options(data, None, tokenizer, vocab_size, heldout_fraction, documents, text_key, curation, seed)
     key = _key(options)
     folder = out or cache_folder() / "prepared" / key
@@ -117,15 +125,21 @@ def _check_curation(folder: Path, curation: Curation) -> None:
             )
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether prepare() wrote the folder, whole or damaged by now; texts may have a manifest.json of their own."""
+    names = ("train.ids", "train.offsets.npy", "tokenizer.json")
+    return (folder / "manifest.json").is_file() and any((folder / name).is_file() for name in names)
+
+
 def _holds(folder: Path, key: str) -> bool:
-    """Whether the folder holds this preparation, complete; the contents are not read, only their sizes compared."""
+    """Whether the folder holds this preparation, complete and as it was written."""
     try:
-        manifest = read_manifest(folder)
-        for name in manifest["files"]:
-            check_size(folder, manifest, name)
+        if read_manifest(folder)["key"] != key:
+            return False
+        verify(folder)
     except (UserError, OSError):
         return False
-    return manifest["key"] == key
+    return True
 
 
 def cache_folder() -> Path:
@@ -202,8 +216,9 @@ def _write(folder: Path, options: Options, report: Report) -> None:
     report("training the tokenizer", 0, 1)
     tokenizer = given or train_tokenizer(survey.texts(), options.tokenizer, options.vocab_size)
     report("training the tokenizer", 1, 1)
+    lost = _check_lost(tokenizer, survey, options)
     survey.sample.clear()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
     writers, encoder = encode(folder, corpus, tokenizer, survey, curator, report)
     (folder / "heldout.txt").write_text("\n".join(encoder.demo) + "\n", encoding="utf-8")
@@ -217,11 +232,30 @@ def _write(folder: Path, options: Options, report: Report) -> None:
             + (f"loosen --curation, which dropped {dropped:,} of {len(curator.verdicts):,}, " if dropped else "")
             + "or use --tokenizer bpe if it is not written in Latin letters"
         )
-    _write_manifest(folder, options, splits, curator, tokenizer, writers["train"])
+    _write_manifest(folder, options, splits, curator, tokenizer, lost, writers["train"])
+
+
+def _check_lost(tokenizer: Tokenizer, survey: Survey, options: Options) -> float:
+    """Share of the sample's characters without a token; above LOST_WARNED it is said, above LOST_REFUSED refused."""
+    texts = itertools.islice(survey.texts(), LOST_PIECES)
+    lost = lost_share(tokenizer, (text[:LOST_CHARACTERS] for text in texts))
+    what = f"{' '.join(options.data)}: {lost:.0%} of the characters have no token in {options.tokenizer}"
+    remedy = "--tokenizer bpe has one for every character"
+    if lost > LOST_REFUSED:
+        raise UserError(f"{what} — {remedy}")
+    if lost > LOST_WARNED:
+        print(f"note: {what}; {remedy}", file=sys.stderr)
+    return lost
 
 
 def _write_manifest(
-    folder: Path, options: Options, splits: dict, curator: Curator, tokenizer: Tokenizer, train: SplitWriter
+    folder: Path,
+    options: Options,
+    splits: dict,
+    curator: Curator,
+    tokenizer: Tokenizer,
+    lost: float,
+    train: SplitWriter,
 ) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
@@ -237,6 +271,9 @@ def _write_manifest(
         "vocab_size": tokenizer.get_vocab_size(),
         "word_count": word_count(tokenizer),
         "ids_dtype": train.dtype.name,
+        "lost_share": lost,
+        "documents": options.documents,
+        "text_key": options.text_key,
         "seed": options.seed,
         "heldout_fraction": options.heldout_fraction,
         "splits": splits,

@@ -112,9 +112,11 @@ def test_the_cache_is_used_again_only_for_the_same_complete_text(tmp_path):
     written = (first / "train.ids").stat().st_mtime_ns
     assert prepare((data,), None, **OPTIONS) == first and (first / "train.ids").stat().st_mtime_ns == written
     assert prepare((data,), None, **OPTIONS | {"seed": 1}) != first
-    (first / "train.ids").write_bytes(b"cut")
-    assert prepare((data,), None, **OPTIONS) == first  # made again
-    verify(first)
+    whole = (first / "train.ids").read_bytes()
+    for damaged in (b"cut", whole[:100] + b"\xff" + whole[101:]):
+        (first / "train.ids").write_bytes(damaged)
+        assert prepare((data,), None, **OPTIONS) == first  # made again
+        verify(first)
     write_text(tmp_path / "a.txt", seed=1)
     assert prepare((data,), None, **OPTIONS) != first
     assert prepare((str(first),), None) == first  # a prepared folder is taken as it is
@@ -125,6 +127,28 @@ def test_a_given_tokenizer_is_used(tmp_path):
     first = prepare((data,), tmp_path / "one", **OPTIONS | {"tokenizer": "bpe"})
     second = prepare((data,), tmp_path / "two", tokenizer=str(first / "tokenizer.json"), vocab_size=32768)
     assert contents(first) == contents(second)
+
+
+def test_text_in_another_script_is_not_lost_in_silence(tmp_path, capsys):
+    def text(*paragraphs):
+        path = tmp_path / "a.txt"
+        path.write_text("\n\n".join(f"{paragraph} {i}." for i in range(200) for paragraph in paragraphs))
+        return str(path)
+
+    latin, russian = "An english paragraph of some words", "Это русский текст"
+    assert prepare((text(latin),), tmp_path / "latin", **OPTIONS) and capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=r"a\.txt: 8.% of the characters have no token in wordpiece — --tokenizer bpe"):
+        prepare((text(russian),), tmp_path / "russian", **OPTIONS)
+    manifest = read_manifest(prepare((text(latin, russian),), tmp_path / "both", **OPTIONS))
+    assert 0.2 < manifest["lost_share"] < 0.4 and "characters have no token" in capsys.readouterr().err
+    bpe = read_manifest(prepare((text(russian),), tmp_path / "bpe", **OPTIONS | {"tokenizer": "bpe"}))
+    assert bpe["lost_share"] == 0
+
+
+def test_a_folder_of_text_may_have_its_own_manifest(tmp_path):
+    write_text(tmp_path / "text.txt")
+    (tmp_path / "manifest.json").write_text("{}")
+    verify(prepare((str(tmp_path),), None, **OPTIONS))
 
 
 def test_an_occupied_folder_is_left_alone(tmp_path):
@@ -203,7 +227,7 @@ def test_two_processes_preparing_the_same_text(tmp_path):
     data = write_text(tmp_path / "a.txt", 2000)
     both = [start("--data", data, "--vocab-size", 512) for _ in range(2)]
     for process in both:
-        output, error = process.communicate(timeout=60)
+        output, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
         assert "unigram entropy" in output
     (folder,) = (tmp_path / "cache" / "cramfast" / "prepared").iterdir()
