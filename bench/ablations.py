@@ -233,8 +233,8 @@ def table(rows: list[dict], plan: Plan) -> ScoreTable:
     notes = [
         f"Preset {plan.preset}, {plan.tokens:,} tokens a run, {plan.dtype} on {plan.device}, {plan.threads} threads. "
         "Held-out loss: nats per masked token, 15 % masked whatever the option trains with. Δ: difference to the "
-        "default of the same seed, below zero is better. ±: standard deviation over the seeds. Equal time: trained again for "
-        f"tokens × speed where the speed is more than {SAME_SPEED:.0%} off, else the run at equal tokens."
+        "default of the same seed, below zero is better. ±: standard deviation over the seeds. Equal time: trained "
+        f"again for tokens × speed where the speed is more than {SAME_SPEED:.0%} off, else the run at equal tokens."
     ]
     return ScoreTable("Ablations", columns, lines, notes)
 
