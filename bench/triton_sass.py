@@ -50,10 +50,10 @@ def run_operators(dtype: torch.dtype) -> None:
     ops.glu_fwd(gates, "gelu", "triton")
     ops.glu_bwd(gates[:, :F].contiguous(), gates, "gelu", "triton")
     ops.layernorm_glu_fwd(rows, rows, vector, None, weight, "gelu", 1e-5, "triton")
-    ops.masked_cross_entropy_fwd(table[:N], table, torch.zeros(N, dtype=torch.int64), True, "triton")
+    ops.masked_cross_entropy_fwd(table[:N], table, torch.zeros(N, dtype=torch.int64), 0.0, True, "triton")
     if dtype != torch.float32:
         buffers = [torch.zeros(P) for _ in range(4)]
-        segments = (torch.tensor([P // 2, P]), torch.zeros(2), torch.zeros(5))
+        segments = (torch.tensor([P // 2, P]), torch.zeros(2), torch.ones(2), torch.zeros(5))
         ops.adamw(*buffers, torch.zeros(P // 2, dtype=dtype), *segments, 0.9, 0.98, 1e-8, 0.5, "triton")
 
 

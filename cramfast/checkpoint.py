@@ -17,6 +17,7 @@ from cramfast.model import Encoder
 from cramfast.optim import AdamW
 
 KEPT = 2
+AVERAGE = "ema.safetensors"  # only in runs that average their weights
 UNFINISHED = "unfinished-"  # prefix of folders being written or removed; swept at the next start
 
 
@@ -25,7 +26,7 @@ def save(run_dir: Path, optimizer: AdamW, state: dict[str, Any]) -> Path:
 
     Args:
         run_dir: the run's folder.
-        optimizer: holds master weights and moments.
+        optimizer: holds master weights, moments and, if there is one, the average of the weights.
         state: JSON values: `progress` (its `step` names the folder) and `model`, which load_model() needs.
 
     Returns:
@@ -46,6 +47,8 @@ def save(run_dir: Path, optimizer: AdamW, state: dict[str, Any]) -> Path:
         flat = optimizer.flat
         save_file(dict(flat.views(flat.master)), partial / "model.safetensors", {"format": "pt"})
         save_file(optimizer.state(), partial / "optimizer.safetensors")
+        if optimizer.average is not None:
+            save_file(dict(flat.views(optimizer.average.values)), partial / AVERAGE, {"format": "pt"})
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             flush_to_disk(path)
@@ -90,7 +93,7 @@ def sweep(run_dir: Path) -> None:
 
 @torch.no_grad()
 def restore(checkpoint: Path, optimizer: AdamW) -> dict[str, Any]:
-    """Load weights and moments in place; return the saved state.
+    """Load weights, moments and average in place; return the saved state.
 
     Raises:
         UserError: a damaged file, or shapes of another model.
@@ -98,6 +101,8 @@ def restore(checkpoint: Path, optimizer: AdamW) -> dict[str, Any]:
     flat = optimizer.flat
     copy_into(dict(flat.views(flat.master)), checkpoint / "model.safetensors")
     copy_into(optimizer.state(), checkpoint / "optimizer.safetensors")
+    if optimizer.average is not None:
+        copy_into(dict(flat.views(optimizer.average.values)), checkpoint / AVERAGE)
     flat.refresh_half()
     return read_state(checkpoint)
 
@@ -141,6 +146,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def load_model(path: str | Path) -> tuple[Encoder, ModelConfig]:
     """Rebuild the encoder of a run folder (its newest checkpoint) or of one checkpoint folder; float32, on the CPU.
 
+    A run that averages its weights (ema_decay) gives the average.
+
     Raises:
         UserError: no checkpoint there, or a damaged one.
     """
@@ -153,5 +160,6 @@ def load_model(path: str | Path) -> tuple[Encoder, ModelConfig]:
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten; the caller's generator stays put
         model = Encoder(config)
     with torch.no_grad():
-        copy_into(dict(model.named_parameters()), checkpoint / "model.safetensors")
+        averaged = (checkpoint / AVERAGE).exists()
+        copy_into(dict(model.named_parameters()), checkpoint / (AVERAGE if averaged else "model.safetensors"))
     return model.eval(), config

@@ -1,4 +1,4 @@
-"""The command line of cramfast.train: a recipe, flags that override it, and which run to go on with."""
+"""The command line of cramfast.train: a preset by a recipe, flags that override it, and which run to go on with."""
 
 import argparse
 import textwrap
@@ -10,7 +10,7 @@ import tyro
 
 from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config
 from cramfast.errors import UserError
-from cramfast.recipes import choose_device, recipe, resolve
+from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.runfolder import find_resumed, new_name
 
 
@@ -47,7 +47,7 @@ def parse(args: list[str] | None = None) -> Request:
         UserError: a value that cannot work, or a folder that does not fit.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--preset", "--device", "--resume", "--replay", "--run-dir"):
+    for flag in ("--preset", "--recipe", "--device", "--resume", "--replay", "--run-dir"):
         early.add_argument(flag, *({"--run_dir"} if flag == "--run-dir" else ()), nargs="?")
     first, _ = early.parse_known_args(args)
     if first.resume and first.replay:
@@ -58,7 +58,7 @@ def parse(args: list[str] | None = None) -> Request:
         default = read_config(source / "config.json")
     else:
         asked = first.device if first.device in ("cpu", "cuda") else "auto"
-        default = recipe(first.preset, choose_device(asked))
+        default = starting_config(first.preset, first.recipe, choose_device(asked))
     arguments = tyro.cli(
         tyro.conf.configure(tyro.conf.FlagConversionOff)(Arguments),
         args=args,

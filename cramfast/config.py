@@ -96,7 +96,9 @@ class TrainConfig:
     """One run, resolved; saved as config.json and hashed."""
 
     preset: str = "base"
-    """Recipe that the other values start from: tiny, mini, small, base or crammed_bert."""
+    """Size that the other values start from: tiny, mini, small or base; crammed_bert is base with recipe crammed."""
+    recipe: Literal["cramfast", "crammed"] = "cramfast"
+    """cramfast: the best that our ablations support; crammed: the paper's model and training."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
     data: tuple[str, ...] = ()
@@ -134,7 +136,11 @@ class TrainConfig:
     ramp_fraction: float = 0.6
     """Share of the budget over which the batch grows linearly from one microbatch to batch_tokens."""
     lr: float = 1e-3
-    schedule: Literal["triangle", "one_cycle", "trapezoid", "linear", "cosine"] = "trapezoid"
+    schedule: Literal["triangle", "one_cycle", "wsd", "linear", "cosine", "trapezoid"] = "wsd"
+    """wsd: warm-up, stable, decay by 1 - sqrt; trapezoid is its former name."""
+    optimizer: Literal["adamw", "stable_adamw", "muon"] = "adamw"
+    """stable_adamw: AdamW with update clipping; muon: Muon for the hidden matrices, AdamW for the rest,
+    whose best lr may be several times AdamW's."""
     beta1: float = 0.9
     beta2: float = 0.98
     adam_eps: float = 1e-12
@@ -142,6 +148,10 @@ class TrainConfig:
     """Not applied to norms and biases."""
     max_norm: float = 0.5
     """Largest global norm of the gradient; 0 switches clipping off."""
+    ema_decay: float = 0.0
+    """Decay of the weights' moving average, which evaluation and export take; 0 switches it off."""
+    z_loss: float = 0.0
+    """Weight of (log Z)^2 in the training loss, Z the normaliser of the softmax; 1e-4 is usual, 0 switches it off."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -196,7 +206,8 @@ class TrainConfig:
         require(0 <= self.ramp_fraction <= 1, f"ramp_fraction={self.ramp_fraction}", "use 0 to 1")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)}", "use 0 up to, not including, 1")
-        for key in ("threads", "weight_decay", "max_norm", "adam_eps"):
+        require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay}", "use 0 up to, not including, 1")
+        for key in ("threads", "weight_decay", "max_norm", "adam_eps", "z_loss"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}", "use 0 or more")
         require(
             not self.half_accumulation or self.dtype in ("auto", "float16"),

@@ -114,6 +114,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.dropout = 0.0  # for fine-tuning; pretraining has none
+        self.z_loss = 0.0  # for pretraining: weight of (log Z)^2 in the loss
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.final_norm = Norm(config.width, config.norm_bias)
@@ -157,10 +158,10 @@ class Encoder(nn.Module):
         return self.norm(self.final_norm, delta_ND, stream_ND)[0]
 
     def loss(self, batch) -> Tensor:
-        """Mean cross-entropy over the masked tokens of a loader.Batch, in nats; 0-d float32."""
+        """Mean cross-entropy over the masked tokens of a loader.Batch, in nats, plus z_loss (log Z)^2; 0-d float32."""
         hidden_MD = self.masked_hidden(batch)
         decoder_VD = self.embeddings.tok_embeddings.weight
-        return kernels.masked_cross_entropy(self.transform(hidden_MD), decoder_VD, batch.target_M)
+        return kernels.masked_cross_entropy(self.transform(hidden_MD), decoder_VD, batch.target_M, self.z_loss)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """(M, V) scores of every vocabulary entry from hidden states after the final norm."""

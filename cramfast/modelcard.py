@@ -71,7 +71,7 @@ def card(record: Record, config: ModelConfig, difference: float, own_loader_reas
         f"---\n{front}---",
         f"# {record.name}",
         f"A BERT-class encoder ({config.layers} layers × {config.width}, sequences of up to {config.max_len} tokens), "
-        f"pretrained from raw text by masked language modelling with cramfast.",
+        "pretrained from raw text by masked language modelling with cramfast." + _averaged(record.config),
         "## Figures\n\n" + _table(figures) + _checked(difference, own_loader_reason),
         loading.strip(),
         "## Data\n\n" + (_table(manifest_rows(record.manifest)) or "The run noted nothing about its text."),
@@ -98,6 +98,11 @@ def _published(config: dict) -> dict:
     data = [source if source.startswith("hf:") else Path(source).name for source in config.get("data", [])]
     tokenizer = Path(config.get("tokenizer", "")).name
     return config | {"data": data, "tokenizer": tokenizer} if config else {}
+
+
+def _averaged(config: dict) -> str:
+    decay = config.get("ema_decay")
+    return f" The weights are the moving average of those in training (decay {decay})." if decay else ""
 
 
 def _checked(difference: float, own_loader_reason: str) -> str:

@@ -1,5 +1,7 @@
-"""All parameters in one flat float32 buffer, and AdamW over it in one pass."""
+"""All parameters in one flat float32 buffer, AdamW over it in one pass, StableAdamW, and the average of the weights."""
 
+import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +15,8 @@ ALIGNMENT = 16  # entries; 64 bytes of float32 and 32 of bfloat16, so that no ve
 
 
 class FlatParameters:
-    """Owns the numbers of a model: float32 master, matrices first, then vectors; a half-precision copy of the matrices.
+    """Owns the numbers of a model: float32 master, hidden matrices first, then embedding tables, then vectors; a
+    half-precision copy of the matrices.
 
     The module's Parameters become views: of `half` for matrices when `dtype` is a half precision (kept, never recast),
     of `master` otherwise. Norm weights and biases always stay float32. Gradients gather in `grad`, float32, over any
@@ -22,19 +25,22 @@ class FlatParameters:
     Attributes:
         master, grad: (P,) float32, P the padded size.
         half: (matrices_end,) in `dtype`, or None in float32.
+        hidden_end: where the embedding tables begin; Muon's part ends there.
         matrices_end: where the vectors begin; weight decay ends there.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
         named = list(model.named_parameters())
-        ordered = [item for item in named if item[1].dim() >= 2] + [item for item in named if item[1].dim() < 2]
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        ordered = sorted(named, key=lambda item: (item[1].dim() < 2, id(item[1]) in tables))
         self.places: dict[str, tuple[int, torch.Size]] = {}
-        end = self.matrices_end = 0
+        end = self.hidden_end = self.matrices_end = 0
         for name, parameter in ordered:
             self.places[name] = (end, parameter.shape)
             end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
             if parameter.dim() >= 2:
                 self.matrices_end = end
+                self.hidden_end = self.hidden_end if id(parameter) in tables else end
         device = ordered[0][1].device
         self.master = torch.zeros(end, device=device)
         self.grad = torch.zeros(end, device=device)
@@ -49,10 +55,12 @@ class FlatParameters:
         for (_, parameter), (_, view) in zip(ordered, self.views(self.grad), strict=True):
             parameter.register_post_accumulate_grad_hook(gather_into(view))
 
-    def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, view shaped like the parameter) of a buffer laid out like `master`."""
-        for name, (begin, shape) in self.places.items():
-            yield name, flat[begin : begin + shape.numel()].view(shape)
+    def views(self, flat: Tensor, offset: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """(name, view shaped like the parameter) of a buffer laid out like `master` from `offset` on."""
+        for name, (place, shape) in self.places.items():
+            begin = place - offset
+            if 0 <= begin < len(flat):
+                yield name, flat[begin : begin + shape.numel()].view(shape)
 
     @torch.no_grad()
     def refresh_half(self) -> None:
@@ -103,26 +111,68 @@ class LossScale:
             torch._amp_update_scale_(self.value, self.steady_steps, skipped, 2.0, 0.5, STEADY_STEPS)
 
 
+class WeightAverage:
+    """Exponential moving average of the weights, float32, laid out like the master.
+
+    The decay of update t is at most (1 + t) / (10 + t), so that the first weights are soon forgotten, as TensorFlow's
+    ExponentialMovingAverage does with `num_updates`.
+
+    Attributes:
+        values: (P,) float32.
+    """
+
+    def __init__(self, flat: FlatParameters, decay: float):
+        self.flat, self.least = flat, 1.0 - decay
+        self.values = flat.master.clone()
+
+    def follow(self, updates: Tensor, skipped: Tensor) -> None:
+        """Move towards the weights after update number `updates`, unless it was `skipped`; both 0-d."""
+        share = (9.0 / (10.0 + updates)).clamp(min=self.least)
+        self.values.lerp_(self.flat.master, share * (skipped == 0))
+
+    def exchange(self) -> None:
+        """Give the model the average and keep its weights here, or take that back."""
+        weights = self.flat.master.clone()
+        self.flat.master.copy_(self.values)
+        self.values.copy_(weights)
+        self.flat.refresh_half()
+
+
 class AdamW:
     """AdamW with global-norm clip, loss-scale removal and the half-precision copy; skips non-finite gradients.
 
     Source: Loshchilov and Hutter, arXiv:1711.05101.
 
+    Args:
+        flat: parameters and gradients.
+        beta1, beta2, eps, weight_decay: of AdamW; nothing decays norms and biases.
+        max_norm: largest global norm of the gradient; 0 for no clip.
+        ema_decay: of the average of the weights; 0 keeps none.
+        begin: the first entry of the flat buffers that AdamW updates.
+
     Attributes:
         loss_scale: what the loss is to be multiplied with before its backward pass.
+        average: of the weights, or None.
     """
 
     def __init__(
-        self, flat: FlatParameters, *, beta1: float, beta2: float, eps: float, weight_decay: float, max_norm: float
-    ):
-        self.flat = flat
-        self.options = {"beta1": beta1, "beta2": beta2, "eps": eps, "max_norm": max_norm}
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(flat.master), torch.zeros_like(flat.master)
-        device = flat.master.device
-        self.segment_end = torch.tensor([flat.matrices_end, flat.master.numel()], device=device)
-        self.segment_decay = torch.tensor([weight_decay, 0.0], device=device)
-        self.scalars = torch.zeros(5, device=device)
-        self.loss_scale = LossScale(torch.float32 if flat.half is None else flat.half.dtype, device)
+        self, flat: FlatParameters, *, beta1: float, beta2: float, eps: float, weight_decay: float, max_norm: float,
+        ema_decay: float = 0.0, begin: int = 0,
+    ):  # fmt: skip
+        self.flat, self.begin, self.weight_decay = flat, begin, weight_decay
+        self.beta1, self.beta2, self.eps, self.max_norm = beta1, beta2, eps, max_norm
+        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(flat.master[begin:]) for _ in range(2))
+        self.scalars = torch.zeros(5, device=flat.master.device)
+        self.loss_scale = LossScale(torch.float32 if flat.half is None else flat.half.dtype, flat.master.device)
+        self.average = WeightAverage(flat, ema_decay) if ema_decay else None
+        self.set_segments([flat.matrices_end, flat.master.numel()])
+
+    def set_segments(self, ends: list[int]) -> None:
+        """Let each stretch of the flat buffers that ends at one of `ends` have a learning rate of its own."""
+        device, decays = self.flat.master.device, [end <= self.flat.matrices_end for end in ends]
+        self.segment_end = torch.tensor(ends, device=device) - self.begin
+        self.segment_decay = torch.tensor(decays, device=device) * self.weight_decay
+        self.segment_lr = torch.ones(len(ends), device=device)
 
     @Range("optimizer")
     @torch.no_grad()
@@ -134,20 +184,52 @@ class AdamW:
             loss_sum: 0-d, summed loss of the microbatches; a non-finite one skips the update as a gradient would.
             microbatches: how many; the gradient is divided by this and by the loss scale before the clip.
         """
-        flat, scale = self.flat, self.loss_scale
         self.scalars[0] = lr
         # 0 * inf is nan, and a nan scale counts as non-finite
-        self.scalars[2] = 1.0 / (scale.value * microbatches) + 0.0 * loss_sum
+        self.scalars[2] = 1.0 / (self.loss_scale.value * microbatches) + 0.0 * loss_sum
+        self.update()
+        self.flat.grad.zero_()
+        self.loss_scale.update(self.scalars[4])
+        if self.average is not None:
+            self.average.follow(self.scalars[1], self.scalars[4])
+
+    def update(self) -> None:
+        """Change the weights as the scalars say."""
+        self.run_kernel(self.max_norm)
+
+    def run_kernel(self, max_norm: float) -> None:
+        """csrc/adamw.h over the entries from `begin` on."""
+        flat, begin = self.flat, self.begin
+        half = None if flat.half is None else flat.half[begin:]
         kernels.adamw(
-            flat.master, flat.grad, self.exp_avg, self.exp_avg_sq, flat.half,
-            self.segment_end, self.segment_decay, self.scalars, **self.options,
+            flat.master[begin:], flat.grad[begin:], self.exp_avg, self.exp_avg_sq, half,
+            self.segment_end, self.segment_decay, self.segment_lr, self.scalars,
+            beta1=self.beta1, beta2=self.beta2, eps=self.eps, max_norm=max_norm,
         )  # fmt: skip
-        flat.grad.zero_()
-        scale.update(self.scalars[4])
+
+    def gradient_factor(self) -> tuple[Tensor, Tensor]:
+        """What the kernel multiplies the gradient with to unscale and clip it, NaN for an update to be left out, and
+        the norm before the clip; both 0-d."""
+        norm = torch.linalg.vector_norm(self.flat.grad) * self.scalars[2]
+        clip = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_norm else 1.0
+        return torch.where(norm < math.inf, self.scalars[2] * clip, math.nan), norm
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the model has the averaged weights, where there are any; afterwards its own, bit for bit."""
+        if self.average is None:
+            yield
+            return
+        with torch.no_grad():
+            self.average.exchange()
+            try:
+                yield
+            finally:
+                self.average.exchange()
 
     def reset(self) -> None:
         """Forget every update; the weights stay."""
-        for tensor in (self.exp_avg, self.exp_avg_sq, self.scalars):
+        for tensor in (*self.state().values(), self.scalars):
             tensor.zero_()
 
     @property
@@ -167,6 +249,30 @@ class AdamW:
 
     def state(self) -> dict[str, Tensor]:
         """Moments by parameter name, and the count of updates."""
-        named = {f"exp_avg.{name}": view for name, view in self.flat.views(self.exp_avg)}
-        named |= {f"exp_avg_sq.{name}": view for name, view in self.flat.views(self.exp_avg_sq)}
+        named = {f"exp_avg.{name}": view for name, view in self.flat.views(self.exp_avg, self.begin)}
+        named |= {f"exp_avg_sq.{name}": view for name, view in self.flat.views(self.exp_avg_sq, self.begin)}
         return named | {"updates": self.scalars[1:2]}
+
+
+class StableAdamW(AdamW):
+    """AdamW whose learning rate for a tensor is divided by the root mean square of g^2 / max(v, eps^2) where that is
+    above 1: when gradients outgrow what v remembers, the step stays as long as it was.
+
+    One more pass over the gradients in plain PyTorch, with two buffers of their size. The clip by global norm stays.
+    Source: Wortsman et al., arXiv:2304.13013, algorithm 2.
+    """
+
+    def __init__(self, flat: FlatParameters, **options):
+        super().__init__(flat, **options)
+        begins = [begin for begin, _ in flat.places.values()]
+        self.set_segments([*begins[1:], flat.master.numel()])
+
+    def update(self) -> None:
+        factor, _ = self.gradient_factor()
+        correction2 = -torch.expm1((self.scalars[1] + 1) * (math.log(self.beta2) if self.beta2 else -math.inf))
+        square = (self.flat.grad * factor).square_()
+        ratio = torch.lerp(square, self.exp_avg_sq, self.beta2).div_(correction2).clamp_(min=self.eps**2)
+        torch.div(square, ratio, out=ratio)
+        mean_square = torch.stack([view.mean() for _, view in self.flat.views(ratio)])
+        torch.div(1.0, mean_square.sqrt().clamp(min=1.0), out=self.segment_lr)
+        super().update()

@@ -1,4 +1,7 @@
-"""The named recipes: each a function from the kind of device to a frozen config that the command line may override."""
+"""Where a run starts from, before the command line overrides it: a preset, which is a size, trained by a recipe.
+
+A preset is a function from the kind of device to a config; a recipe is a function from such a config to another.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +12,8 @@ import torch
 from cramfast.config import Curation, ModelConfig, TrainConfig
 from cramfast.errors import UserError
 
-Recipe = Callable[[str], TrainConfig]
+Preset = Callable[[str], TrainConfig]
+PAPER_BATCH = 8192 * 128  # tokens
 
 
 def tiny(device: str) -> TrainConfig:
@@ -63,43 +67,55 @@ def base(device: str) -> TrainConfig:
 
 
 def crammed_bert(device: str) -> TrainConfig:
-    """The paper's model and training, faithfully: Geiping and Goldstein, arXiv:2212.14034; 119.6 M parameters."""
-    microbatch_sequences = 64 if device == "cpu" else 512  # the paper's A6000: 512
-    return TrainConfig(
-        preset="crammed_bert",
-        model=ModelConfig(
-            max_len=128,
-            norm_bias=True,
-            norm_eps=1e-12,
-            positions="sinusoidal",
-            first_norm=True,
-            head=False,
-            init="normal",
-        ),
-        curation=Curation(max_tokens_per_char=0.25),
-        order="sentences",
-        mask_fraction=0.25,
-        mask_fraction_end=0.25,
-        microbatch_tokens=microbatch_sequences * 128,
-        batch_tokens=8192 * 128,
-        schedule="triangle",
-        heldout_tokens=65536 if device == "cpu" else 262144,
-    )
+    """The paper's own model, 119.6 M parameters: `base` by recipe `crammed`, under its name."""
+    return replace(crammed(base(device)), preset="crammed_bert")
 
 
-PRESETS: dict[str, Recipe] = {recipe.__name__: recipe for recipe in (tiny, mini, small, base, crammed_bert)}
+def cramfast(size: TrainConfig) -> TrainConfig:
+    """The best that the ablations in docs/log.md support; until there are any, the defaults of config.py."""
+    return replace(size, recipe="cramfast")
 
 
-def recipe(name: str | None, device: str) -> TrainConfig:
-    """The config of a preset on "cpu" or "cuda"; no name chooses base on a GPU and mini on a CPU.
+def crammed(size: TrainConfig) -> TrainConfig:
+    """The paper's model and training, faithfully: Geiping and Goldstein, arXiv:2212.14034.
+
+    Its batch is that of its one size; other sizes keep their own batch, and all of them their learning rate and budget.
+    """
+    model = replace(
+        size.model, max_len=128, norm_bias=True, norm_eps=1e-12, positions="sinusoidal", global_every=1,
+        first_norm=True, head=False, init="normal",
+    )  # fmt: skip
+    return replace(
+        size, recipe="crammed", model=model, curation=Curation(max_tokens_per_char=0.25), order="sentences",
+        sequence_len=128, short_sequence_len=0, masking="bert", mask_fraction=0.25,
+        mask_fraction_end=0.25, batch_tokens=PAPER_BATCH if size.preset == "base" else size.batch_tokens,
+        ramp_fraction=0.6, schedule="triangle", optimizer="adamw", beta1=0.9, beta2=0.98, adam_eps=1e-12,
+        weight_decay=0.01, max_norm=0.5, ema_decay=0.0, z_loss=0.0,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, Preset] = {preset.__name__: preset for preset in (tiny, mini, small, base, crammed_bert)}
+RECIPES = {recipe.__name__: recipe for recipe in (cramfast, crammed)}
+
+
+def starting_config(preset: str | None, recipe: str | None, device: str) -> TrainConfig:
+    """The config of a preset by a recipe on "cpu" or "cuda".
+
+    No preset chooses base on a GPU and mini on a CPU; no recipe keeps that of the preset.
 
     Raises:
-        UserError: no such preset.
+        UserError: no such preset or recipe, or crammed_bert by another recipe than its own.
     """
-    name = name or ("base" if device == "cuda" else "mini")
-    if name not in PRESETS:
-        raise UserError(f"preset={name!r} does not exist — choose one of {', '.join(PRESETS)}")
-    return PRESETS[name](device)
+    preset = preset or ("base" if device == "cuda" else "mini")
+    for key, name, known in (("preset", preset, PRESETS), ("recipe", recipe, RECIPES)):
+        if name and name not in known:
+            raise UserError(f"{key}={name!r} does not exist — choose one of {', '.join(known)}")
+    config = PRESETS[preset](device)
+    if recipe in (None, config.recipe):
+        return config
+    if preset == "crammed_bert":
+        raise UserError(f"preset=crammed_bert with recipe={recipe} is not possible — use --preset base")
+    return RECIPES[recipe](config)
 
 
 def choose_device(asked: str) -> str:

@@ -25,10 +25,12 @@ from cramfast.loader import Source
 from cramfast.metrics import Display, MetricsLog
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model import Encoder
-from cramfast.optim import STEADY_STEPS, AdamW, FlatParameters, LossScale
+from cramfast.muon import Muon
+from cramfast.optim import STEADY_STEPS, AdamW, FlatParameters, LossScale, StableAdamW
 from cramfast.profiling import Profile
 
 SKIPS_IN_ROW = 20  # non-finite updates before the run gives up
+OPTIMIZERS = {"adamw": AdamW, "stable_adamw": StableAdamW, "muon": Muon}
 
 
 def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay) -> bool:
@@ -57,6 +59,11 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
     run = runfolder.describe(config, model) | {"microbatch_tokens": size}
     lr_shape, fixed = schedule.SHAPES[config.schedule], {"model": to_json(config.model), "hash": config_hash(config)}
     pieces = round(config.microbatch_tokens / size)  # of a microbatch of the size that was asked for
+
+    def heldout_scores() -> tuple[float, float]:
+        with optimizer.averaged():
+            return evaluate(model, heldout)
+
     evaluated = saved = progress.seconds
     with (
         MetricsLog(run_dir, progress.step) as log, Display() as display, Interrupt() as interrupt,
@@ -65,7 +72,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
     ):  # fmt: skip
         log.write({"run": run})
         if progress.step == 0:
-            display.heldout = log.evaluation(progress, *evaluate(model, heldout))
+            display.heldout = log.evaluation(progress, *heldout_scores())
         while (fraction := budget.fraction(ahead := ledger.ahead(progress))) < 1 and not interrupt.requested:
             profile.before(ahead.step + 1)
             ledger.begin()
@@ -94,7 +101,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
             spent = budget.fraction(progress)
             display.step(row, spent, progress.seconds * max(0.0, 1 / spent - 1))
             if progress.seconds - evaluated >= config.eval_interval:
-                display.heldout = log.evaluation(progress, *evaluate(model, heldout))
+                display.heldout = log.evaluation(progress, *heldout_scores())
                 evaluated = progress.seconds
             if progress.seconds - saved >= config.checkpoint_interval:
                 log.sync()
@@ -102,7 +109,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
                 saved = progress.seconds
         progress, _ = settle(ledger, progress, log, run, previous)
         if budget.fraction(progress) >= 1 and evaluated < progress.seconds:
-            log.evaluation(progress, *evaluate(model, heldout))
+            log.evaluation(progress, *heldout_scores())
         log.sync()
         checkpoint.save(run_dir, optimizer, {"progress": asdict(progress), **fixed})
     return budget.fraction(progress) >= 1
@@ -115,9 +122,10 @@ def start(config: TrainConfig, source: Source, clock: Clock) -> tuple[Encoder, A
     """
     torch.manual_seed(config.seed)
     model = Encoder(config.model).to(config.device)
-    optimizer = AdamW(
+    model.z_loss = config.z_loss
+    optimizer = OPTIMIZERS[config.optimizer](
         FlatParameters(model, getattr(torch, config.dtype)), beta1=config.beta1, beta2=config.beta2,
-        eps=config.adam_eps, weight_decay=config.weight_decay, max_norm=config.max_norm,
+        eps=config.adam_eps, weight_decay=config.weight_decay, max_norm=config.max_norm, ema_decay=config.ema_decay,
     )  # fmt: skip
     microbatch = Microbatch(model, optimizer, clock, capture_graph if graph_choice(config)[0] else None)
     most_masked = max(config.mask_fraction, config.mask_fraction_end)

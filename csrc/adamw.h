@@ -3,7 +3,7 @@
 //   norm = inverse_scale ||grad||                                     first pass, two stages, no atomics
 //   g = grad inverse_scale min(1, max_norm / (norm + 1e-6))           max_norm = 0: no clipping
 //   m += (1 - beta1) (g - m),  v = beta2 v + (1 - beta2) g^2          step += 1 before the bias corrections
-//   p = p (1 - lr decay) - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+//   p = p (1 - rate decay) - rate / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps),  rate = lr segment_lr
 //   half = round(p)
 //
 // A non-finite norm changes nothing but scalars[3] and scalars[4]. Bound by memory: 34 bytes a parameter (4 for the
@@ -24,6 +24,7 @@ struct AdamW {
   void* half;                       // (half_size,), or null
   const std::int64_t* segment_end;  // (segments,), ascending, the last one is size
   const float* segment_decay;       // (segments,), weight decay
+  const float* segment_lr;          // (segments,), factor on lr
   float* scalars;                   // (5,): lr, step, inverse_scale; out: step, grad norm, 1 if not finite
   double* partial;                  // (adamw_partials(...),) scratch
   std::int64_t size, half_size, segments;

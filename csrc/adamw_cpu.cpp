@@ -60,9 +60,9 @@ void adamw(Cpu device, const AdamW& args) {
   common.one_minus_beta1 = static_cast<float>(1.0 - args.beta1);
   common.beta2 = static_cast<float>(args.beta2);
   common.one_minus_beta2 = static_cast<float>(1.0 - args.beta2);
-  common.rate = static_cast<float>(lr / (1.0 - std::pow(args.beta1, count)));
   common.inverse_root = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(args.beta2, count)));
   common.eps = static_cast<float>(args.eps);
+  const double correction1 = 1.0 - std::pow(args.beta1, count);
 
   parallel_for(device, ceil_div(args.size, adamw_chunk), [&](std::int64_t chunk) {
     std::int64_t begin = chunk * adamw_chunk;
@@ -71,7 +71,10 @@ void adamw(Cpu device, const AdamW& args) {
     for (std::int64_t i = begin; i < end; ++segment) {
       const std::int64_t stop = std::min(end, *segment);
       Step step = common;
-      step.keep = static_cast<float>(1.0 - lr * static_cast<double>(args.segment_decay[segment - args.segment_end]));
+      const std::int64_t index = segment - args.segment_end;
+      const double rate = lr * static_cast<double>(args.segment_lr[index]);
+      step.keep = static_cast<float>(1.0 - rate * static_cast<double>(args.segment_decay[index]));
+      step.rate = static_cast<float>(rate / correction1);
       update(args, i, stop, step);
       i = stop;
     }

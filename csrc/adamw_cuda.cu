@@ -108,7 +108,7 @@ DEVICE void update(const AdamW& args, const Constants& c, const Step& step, std:
   const Pack<float, count> grad = load<count>(args.grad + i);
   Pack<float, count> p = load<count>(args.master + i), m = load<count>(args.exp_avg + i),
                      v = load<count>(args.exp_avg_sq + i);
-  float decay = args.segment_decay[segment];
+  float decay = args.segment_decay[segment], share = args.segment_lr[segment];
   std::int64_t end = args.segment_end[segment];
   Pack<H, count> rounded;
 #pragma unroll
@@ -116,13 +116,14 @@ DEVICE void update(const AdamW& args, const Constants& c, const Step& step, std:
     while (i + j >= end) {  // rarely: a segment ends inside this piece
       ++segment;
       decay = args.segment_decay[segment];
+      share = args.segment_lr[segment];
       end = args.segment_end[segment];
     }
     const float g = grad.value[j] * step.grad_factor;
     m.value[j] += c.one_minus_beta1 * (g - m.value[j]);
     v.value[j] = c.beta2 * v.value[j] + c.one_minus_beta2 * g * g;
-    p.value[j] = p.value[j] * (1.0f - step.lr * decay) -
-                 step.rate * m.value[j] / (sqrtf(v.value[j]) * step.inverse_root + c.eps);
+    p.value[j] = p.value[j] * (1.0f - step.lr * share * decay) -
+                 step.rate * share * m.value[j] / (sqrtf(v.value[j]) * step.inverse_root + c.eps);
     rounded.value[j] = narrow<H>(p.value[j]);
   }
   store<count>(args.master + i, p);

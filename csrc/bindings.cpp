@@ -109,9 +109,9 @@ void bind_cross_entropy(py::module_& m) {
   m.def(
       "cross_entropy",
       [](Device device, Address logits, Address target, Address loss, Address scale, Size rows, Size vocabulary,
-         bool write_gradient, int dtype) {
+         float z_loss, bool write_gradient, int dtype) {
         cross_entropy(device, {at<void>(logits), at<std::int64_t>(target), at<float>(loss), at<float>(scale), rows,
-                               vocabulary, write_gradient, dtype_of(dtype)});
+                               vocabulary, z_loss, write_gradient, dtype_of(dtype)});
       },
       py::call_guard<CallGuard>());
 }
@@ -121,11 +121,11 @@ void bind_adamw(py::module_& m) {
   m.def(
       "adamw",
       [](Device device, Address master, Address grad, Address exp_avg, Address exp_avg_sq, Address half,
-         Address segment_end, Address segment_decay, Address scalars, Address partial, Size size, Size half_size,
-         Size segments, double beta1, double beta2, double eps, double max_norm, int half_dtype) {
+         Address segment_end, Address segment_decay, Address segment_lr, Address scalars, Address partial, Size size,
+         Size half_size, Size segments, double beta1, double beta2, double eps, double max_norm, int half_dtype) {
         adamw(device, {at<float>(master), at<float>(grad), at<float>(exp_avg), at<float>(exp_avg_sq), at<void>(half),
-                       at<std::int64_t>(segment_end), at<float>(segment_decay), at<float>(scalars),
-                       at<double>(partial), size, half_size, segments, beta1, beta2, eps, max_norm,
+                       at<std::int64_t>(segment_end), at<float>(segment_decay), at<float>(segment_lr),
+                       at<float>(scalars), at<double>(partial), size, half_size, segments, beta1, beta2, eps, max_norm,
                        dtype_of(half_dtype)});
       },
       py::call_guard<CallGuard>());

@@ -40,11 +40,12 @@ void one_row(const CrossEntropy& args, std::int64_t row, float scale) {
     return;
   }
   const float lse = row_log_sum_exp(z, V), at_target = widen(z[target]);
-  args.loss[row] = lse - at_target;
+  args.loss[row] = lse - at_target + args.z_loss * lse * lse;
   if (!args.write_gradient) return;
+  const float slope = 1.0f + 2.0f * args.z_loss * lse, factor = slope * scale;
 #pragma omp simd
-  for (std::int64_t v = 0; v < V; ++v) z[v] = narrow<T>(exp_(widen(z[v]) - lse) * scale);
-  z[target] = narrow<T>((exp_(at_target - lse) - 1.0f) * scale);
+  for (std::int64_t v = 0; v < V; ++v) z[v] = narrow<T>(exp_(widen(z[v]) - lse) * factor);
+  z[target] = narrow<T>((exp_(at_target - lse) * slope - 1.0f) * scale);
 }
 
 }  // namespace

@@ -8,8 +8,8 @@ from cramfast.kernels.registry import register
 
 
 def _adamw(
-    master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, scalars, beta1, beta2, eps, max_norm,
-    implementation="cpp",
+    master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, segment_lr, scalars, beta1, beta2, eps,
+    max_norm, implementation="cpp",
 ):  # fmt: skip
     size = master.numel()
     for name, buffer in (("master", master), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
@@ -23,6 +23,7 @@ def _adamw(
     segments = segment_end.numel()
     check("segment_end", segment_end, (segments,), torch.int64)
     check("segment_decay", segment_decay, (segments,), torch.float32)
+    check("segment_lr", segment_lr, (segments,), torch.float32)
     check("scalars", scalars, (5,), torch.float32)
     if segment_end.device.type == "cpu" and (segments == 0 or int(segment_end[-1]) != size):
         raise ValueError(f"segment_end: must end at {size}")
@@ -39,6 +40,7 @@ def _adamw(
         half,
         segment_end,
         segment_decay,
+        segment_lr,
         scalars,
         partial,
         size,
@@ -58,14 +60,17 @@ def _adamw_fake(*_):
 
 _adamw_op = register(
     "adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? half,"
-    " Tensor segment_end, Tensor segment_decay, Tensor(e!) scalars, float beta1, float beta2, float eps,"
-    ' float max_norm, str implementation="cpp") -> ()',
+    " Tensor segment_end, Tensor segment_decay, Tensor segment_lr, Tensor(e!) scalars, float beta1, float beta2,"
+    ' float eps, float max_norm, str implementation="cpp") -> ()',
     _adamw,
     _adamw_fake,
 )
 
 
-def adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, scalars, *, beta1, beta2, eps, max_norm):
+def adamw(
+    master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, segment_lr, scalars, *, beta1, beta2, eps,
+    max_norm,
+):  # fmt: skip
     """One AdamW update in place: clip by global norm, remove the loss scale, update, refresh the half-precision copy.
 
     Args:
@@ -75,6 +80,7 @@ def adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, s
         half: (Q,) bfloat16 copy (on a GPU also float16) of the first Q weights, or None.
         segment_end: (K,) int64, ascending ends of the segments; the last one is P.
         segment_decay: (K,) float32, weight decay of each segment.
+        segment_lr: (K,) float32, factor on the learning rate of each segment.
         scalars: (5,) float32: learning rate, steps done, inverse scale of the gradient; out: gradient norm after
             scaling and before clipping, and 1 if it was not finite.
         beta1, beta2, eps: of AdamW.
@@ -86,7 +92,7 @@ def adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, s
     A non-finite gradient changes nothing but scalars[3] and scalars[4]; the step count advances only on an update.
     Source: Loshchilov and Hutter, arXiv:1711.05101.
     """
-    buffers = (master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, scalars)
+    buffers = (master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, segment_lr, scalars)
     implementation, function = dispatch.pick("adamw", master)
     if function:
         function(*buffers, beta1=beta1, beta2=beta2, eps=eps, max_norm=max_norm)

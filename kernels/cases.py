@@ -121,7 +121,7 @@ def _run_attention(operators, inputs):
     return (operators.varlen_attention(**inputs),)
 
 
-def _make_cross_entropy(M, D, V, dtype, seed, ignored=0) -> Inputs:
+def _make_cross_entropy(M, D, V, dtype, seed, ignored=0, z_loss=0.0) -> Inputs:
     g = _generator(seed)
     target = torch.randint(V, (M,), generator=g)
     target[:ignored] = -100
@@ -129,6 +129,7 @@ def _make_cross_entropy(M, D, V, dtype, seed, ignored=0) -> Inputs:
         "hidden": _normal(M, D, dtype=dtype, generator=g),
         "weight": _normal(V, D, dtype=dtype, generator=g, scale=D**-0.5),
         "target": target,
+        "z_loss": z_loss,
     }
 
 
@@ -136,7 +137,9 @@ def _run_cross_entropy(operators, inputs):
     return (operators.masked_cross_entropy(**inputs),)
 
 
-def _make_adamw(P, dtype, seed, half=True, segments=3, step=0.0, scale=1.0, max_norm=0.5, nonfinite=False) -> Inputs:
+def _make_adamw(
+    P, dtype, seed, half=True, segments=3, step=0.0, scale=1.0, max_norm=0.5, nonfinite=False, one_lr=True
+) -> Inputs:
     g = _generator(seed)
     ends = torch.tensor([P * (i + 1) // segments for i in range(segments)])
     grad = _normal(P, dtype=torch.float32, generator=g)
@@ -150,6 +153,7 @@ def _make_adamw(P, dtype, seed, half=True, segments=3, step=0.0, scale=1.0, max_
         "half": torch.zeros(P // 2, dtype=torch.bfloat16) if half else None,
         "segment_end": ends,
         "segment_decay": torch.tensor([0.1, 0.0, 0.01, 0.0]).repeat(-(-segments // 4))[:segments],
+        "segment_lr": torch.ones(segments) if one_lr else torch.rand(segments, generator=g),
         "scalars": torch.tensor([1e-2, step, scale, 0.0, 0.0]),
         "max_norm": max_norm,
     }
@@ -254,6 +258,7 @@ CASES = (
         test_shapes=(
             {"M": 50, "D": 64, "V": 1000},
             {"M": 50, "D": 64, "V": 129, "ignored": 7},
+            {"M": 50, "D": 64, "V": 1000, "ignored": 7, "z_loss": 0.1},
             {"M": 3, "D": 32, "V": 64, "ignored": 3},
             {"M": 1, "D": 32, "V": 64},
             {"M": 0, "D": 32, "V": 64},
@@ -272,6 +277,7 @@ CASES = (
             {"P": 50_000, "step": 7.0, "scale": 1 / 512},
             {"P": 33, "half": False, "max_norm": 0.0},
             {"P": 20_001, "segments": 4, "step": 1.0},
+            {"P": 20_001, "segments": 40, "step": 1.0, "one_lr": False},
             {"P": 100, "nonfinite": True},
             {"P": 1, "segments": 1},
         ),

@@ -10,7 +10,7 @@ from cramfast.kernels.registry import register
 CHUNK_BYTES = 32 << 20
 
 
-def _forward(hidden_MD, weight_VD, target_M, want_gradient, implementation="cpp"):
+def _forward(hidden_MD, weight_VD, target_M, z_loss, want_gradient, implementation="cpp"):
     M, D = hidden_MD.shape
     V = weight_VD.shape[0]
     check_activations("hidden", hidden_MD, implementation)
@@ -18,7 +18,7 @@ def _forward(hidden_MD, weight_VD, target_M, want_gradient, implementation="cpp"
     check("target", target_M, (M,), torch.int64)
     if hidden_MD.device.type == "cpu" and M and int(target_M.max()) >= V:
         raise ValueError(f"target: {int(target_M.max())} is outside the vocabulary of {V}")
-    loss, dhidden_MD, dweight_VD = _forward_fake(hidden_MD, weight_VD, target_M, want_gradient)
+    loss, dhidden_MD, dweight_VD = _forward_fake(hidden_MD, weight_VD, target_M, z_loss, want_gradient)
     loss_M = torch.empty(M, dtype=torch.float32, device=hidden_MD.device)
     scale = (target_M >= 0).sum().clamp(min=1).float().reciprocal()
     launch = dispatch.launcher(implementation)
@@ -36,6 +36,7 @@ def _forward(hidden_MD, weight_VD, target_M, want_gradient, implementation="cpp"
             scale,
             len(target_m),
             V,
+            z_loss,
             want_gradient,
             DTYPE_CODES[hidden_MD.dtype],
         )
@@ -48,7 +49,7 @@ def _forward(hidden_MD, weight_VD, target_M, want_gradient, implementation="cpp"
     return loss, dhidden_MD, dweight_VD
 
 
-def _forward_fake(hidden_MD, weight_VD, target_M, want_gradient, implementation="cpp"):
+def _forward_fake(hidden_MD, weight_VD, target_M, z_loss, want_gradient, implementation="cpp"):
     loss = torch.empty((), dtype=torch.float32, device=hidden_MD.device)
     if not want_gradient:
         return loss, hidden_MD.new_empty(0), weight_VD.new_empty(0)
@@ -56,7 +57,7 @@ def _forward_fake(hidden_MD, weight_VD, target_M, want_gradient, implementation=
 
 
 masked_cross_entropy_fwd = register(
-    "masked_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor target, bool want_gradient,"
+    "masked_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor target, float z_loss, bool want_gradient,"
     ' str implementation="cpp") -> (Tensor loss, Tensor dhidden, Tensor dweight)',
     _forward,
     _forward_fake,
@@ -65,9 +66,9 @@ masked_cross_entropy_fwd = register(
 
 class _MaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_MD, weight_VD, target_M, implementation):
+    def forward(ctx, hidden_MD, weight_VD, target_M, z_loss, implementation):
         want_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        inputs = (hidden_MD, weight_VD, target_M)
+        inputs = (hidden_MD, weight_VD, target_M, z_loss)
         loss, dhidden_MD, dweight_VD = masked_cross_entropy_fwd(*inputs, want_gradient, implementation)
         ctx.save_for_backward(dhidden_MD, dweight_VD)
         return loss
@@ -76,20 +77,22 @@ class _MaskedCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         dhidden_MD, dweight_VD = ctx.saved_tensors
         if dloss.device.type == "cpu" and not torch.compiler.is_compiling() and dloss.item() == 1.0:
-            return dhidden_MD, dweight_VD, None, None  # loss.backward(): spare a pass over the V x D gradient
-        return dhidden_MD * dloss, dweight_VD * dloss, None, None
+            return dhidden_MD, dweight_VD, None, None, None  # loss.backward(): spare a pass over the V x D gradient
+        return dhidden_MD * dloss, dweight_VD * dloss, None, None, None
 
 
-def masked_cross_entropy(hidden, weight, target):
+def masked_cross_entropy(hidden, weight, target, z_loss=0.0):
     """Mean cross-entropy of the masked positions, never holding all their logits.
 
     Args:
         hidden: (M, D), float32 or bfloat16; rows of the masked positions only.
         weight: (V, D), the dtype of `hidden`; the decoder, usually the embedding table.
         target: (M,), int64 token ids; a negative one leaves its row out.
+        z_loss: weight of the square of log Z, Z the sum of the exponentiated logits of a row; it keeps them from
+            drifting together, which a softmax does not see. Source: Chowdhery et al., arXiv:2204.02311.
 
     Returns:
-        () float32, the mean over the rows with a target; 0 when there is none.
+        () float32, the mean over the rows with a target, z_loss included; 0 when there is none.
 
     Raises:
         ValueError: a shape or dtype that does not fit, a target outside the vocabulary.
@@ -99,5 +102,5 @@ def masked_cross_entropy(hidden, weight, target):
     """
     implementation, function = dispatch.pick("cross_entropy", hidden)
     if function:
-        return function(hidden, weight, target)
-    return _MaskedCrossEntropy.apply(hidden, weight, target, implementation)
+        return function(hidden, weight, target, z_loss)
+    return _MaskedCrossEntropy.apply(hidden, weight, target, float(z_loss), implementation)

@@ -55,15 +55,21 @@ def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
     return out_NHK
 
 
-def masked_cross_entropy(hidden, weight, target):
-    """Mean over the rows with target >= 0 of -log softmax(hidden @ weight.T)[target]; zero when there is none."""
+def masked_cross_entropy(hidden, weight, target, z_loss=0.0):
+    """Mean over the rows with target >= 0 of -log softmax(z)[target] + z_loss logsumexp(z)^2, z = hidden @ weight.T;
+    zero when there is none."""
     logits_MV = F.linear(hidden, weight)
-    accumulate = torch.promote_types(logits_MV.dtype, torch.float32)
-    total = F.cross_entropy(logits_MV.to(accumulate), target, ignore_index=-100, reduction="sum")
+    logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+    total = F.cross_entropy(logits_MV, target, ignore_index=-100, reduction="sum")
+    if z_loss:
+        total = total + z_loss * (logits_MV.logsumexp(-1) * (target >= 0)).square().sum()
     return total / (target >= 0).sum().clamp(min=1)
 
 
-def adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, scalars, *, beta1, beta2, eps, max_norm):
+def adamw(
+    master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, segment_lr, scalars, *, beta1, beta2, eps,
+    max_norm,
+):  # fmt: skip
     """One AdamW update in place; see cramfast.kernels.adamw for the arguments."""
     lr, step, inverse_scale = (float(s) for s in scalars[:3])
     norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64)) * inverse_scale
@@ -76,13 +82,13 @@ def adamw(master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, s
     scalars[1] = step
     clip = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
     begin = 0
-    for end, decay in zip(segment_end.tolist(), segment_decay.tolist(), strict=True):
-        piece = slice(begin, end)
+    for end, decay, share in zip(*(t.tolist() for t in (segment_end, segment_decay, segment_lr)), strict=True):
+        piece, rate = slice(begin, end), lr * share
         begin = end
         g = grad[piece] * (inverse_scale * clip)
         exp_avg[piece].lerp_(g, 1 - beta1)
         exp_avg_sq[piece].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         denominator = (exp_avg_sq[piece] / (1 - beta2**step)).sqrt_().add_(eps)
-        master[piece].mul_(1 - lr * decay).addcdiv_(exp_avg[piece], denominator, value=-lr / (1 - beta1**step))
+        master[piece].mul_(1 - rate * decay).addcdiv_(exp_avg[piece], denominator, value=-rate / (1 - beta1**step))
     if half is not None:
         half.copy_(master[: half.numel()])

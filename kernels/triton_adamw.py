@@ -45,8 +45,8 @@ def _segment_of(segment_end, segments, i):
 
 @triton.jit
 def _adamw_kernel(
-    master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, scalars, partial, size, half_size, segments,
-    one_minus_beta1, beta2, one_minus_beta2, log_beta1, log_beta2, eps, max_norm,
+    master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, segment_lr, scalars, partial, size, half_size,
+    segments, one_minus_beta1, beta2, one_minus_beta2, log_beta1, log_beta2, eps, max_norm,
     PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.arange(0, PARTIALS)
@@ -71,13 +71,15 @@ def _adamw_kernel(
         for begin in range(tl.program_id(0).to(tl.int64) * BLOCK, size, stride):
             i = begin + tl.arange(0, BLOCK)
             inside = i < size
-            # Nearly always one segment covers the block; each that touches it hands out its decay.
+            # Nearly always one segment covers the block; each that touches it hands out its decay and its rate.
             segment = _segment_of(segment_end, segments, begin)
             end = tl.load(segment_end + segment)
             decay = tl.zeros((BLOCK,), tl.float32) + tl.load(segment_decay + segment)
+            share = tl.zeros((BLOCK,), tl.float32) + tl.load(segment_lr + segment)
             while end < tl.minimum(begin + BLOCK, size):
                 segment += 1
                 decay = tl.where(i >= end, tl.load(segment_decay + segment), decay)
+                share = tl.where(i >= end, tl.load(segment_lr + segment), share)
                 end = tl.load(segment_end + segment)
             g = tl.load(grad + i, inside, other=0.0) * factor
             m = tl.load(exp_avg + i, inside, other=0.0)
@@ -85,7 +87,7 @@ def _adamw_kernel(
             p = tl.load(master + i, inside, other=0.0)
             m += one_minus_beta1 * (g - m)
             v = beta2 * v + one_minus_beta2 * g * g
-            p = p * (1.0 - lr * decay) - rate * m / (tl.sqrt(v) * inverse_root + eps)
+            p = p * (1.0 - lr * share * decay) - rate * share * m / (tl.sqrt(v) * inverse_root + eps)
             tl.store(exp_avg + i, m, inside)
             tl.store(exp_avg_sq + i, v, inside)
             tl.store(master + i, p, inside)
@@ -106,15 +108,15 @@ def adamw_partials(on: torch.Tensor, size: int) -> int:
 
 
 def adamw(
-    master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, scalars, partial, size, half_size, segments,
-    beta1, beta2, eps, max_norm, _dtype_code,
+    master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, segment_lr, scalars, partial, size, half_size,
+    segments, beta1, beta2, eps, max_norm, _dtype_code,
 ):  # fmt: skip
     """One update in place; arguments, shapes and formula: csrc/adamw.h."""
     programs = len(partial) - 1
     _adamw_norm_kernel[(programs,)](grad, scalars, partial, size, BLOCK=BLOCK)
     logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
     _adamw_kernel[(programs,)](
-        master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, scalars, partial, size, half_size,
-        segments, 1 - beta1, beta2, 1 - beta2, *logs, eps, max_norm,
+        master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, segment_lr, scalars, partial, size,
+        half_size, segments, 1 - beta1, beta2, 1 - beta2, *logs, eps, max_norm,
         PARTIALS=triton.next_power_of_2(programs), BLOCK=BLOCK,
     )  # fmt: skip

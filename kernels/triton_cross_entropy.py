@@ -11,7 +11,7 @@ LONGEST_ROW = 32768  # logits held at a time: 32 a thread with 32 warps, more wo
 
 
 @triton.jit
-def _whole_row_kernel(logits, target, loss, scale, vocabulary, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+def _whole_row_kernel(logits, target, loss, scale, vocabulary, z_loss, WRITE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row)
     column = tl.arange(0, BLOCK)
@@ -22,16 +22,19 @@ def _whole_row_kernel(logits, target, loss, scale, vocabulary, WRITE: tl.constex
     at_target = tl.sum(tl.where(column == wanted, z, 0.0), 0)
     # largest + log(sum) would round away digits that all probabilities of the row share: keep the two apart.
     log_sum = tl.log(tl.sum(tl.exp(z - largest), 0))
-    tl.store(loss + row, tl.where(wanted < 0, 0.0, log_sum + (largest - at_target)))
+    lse = largest + log_sum
+    tl.store(loss + row, tl.where(wanted < 0, 0.0, log_sum + (largest - at_target) + z_loss * lse * lse))
     if WRITE:
         # Exponentials of other arguments: the first ones, held beside the logits, would not fit the registers.
-        slope = (tl.exp((z - largest) - log_sum) - tl.where(column == wanted, 1.0, 0.0)) * tl.load(scale)
+        probability = tl.exp((z - largest) - log_sum)
+        slope = probability * (1.0 + 2.0 * z_loss * lse) - tl.where(column == wanted, 1.0, 0.0)
+        slope *= tl.load(scale)
         slope = tl.where(wanted < 0, 0.0, slope)
         tl.store(logits, slope.to(logits.dtype.element_ty), inside)
 
 
 @triton.jit
-def _chunked_row_kernel(logits, target, loss, scale, vocabulary, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+def _chunked_row_kernel(logits, target, loss, scale, vocabulary, z_loss, WRITE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row)
     logits += row * vocabulary
@@ -50,19 +53,21 @@ def _chunked_row_kernel(logits, target, loss, scale, vocabulary, WRITE: tl.const
         z = tl.load(logits + column, column < vocabulary, other=float("-inf")).to(tl.float32)
         total += tl.exp(z - largest)
     total = tl.sum(total, 0)
-    tl.store(loss + row, tl.where(wanted < 0, 0.0, tl.log(total) + (largest - tl.sum(at_target, 0))))
+    lse = largest + tl.log(total)
+    row_loss = tl.log(total) + (largest - tl.sum(at_target, 0)) + z_loss * lse * lse
+    tl.store(loss + row, tl.where(wanted < 0, 0.0, row_loss))
     if WRITE:
-        factor = tl.load(scale)
+        factor, share = tl.load(scale), (1.0 + 2.0 * z_loss * lse) / total
         for begin in range(0, vocabulary, BLOCK):
             column = begin + lane
             inside = column < vocabulary
             z = tl.load(logits + column, inside, other=float("-inf")).to(tl.float32)
-            slope = (tl.exp(z - largest) / total - tl.where(column == wanted, 1.0, 0.0)) * factor
+            slope = (tl.exp(z - largest) * share - tl.where(column == wanted, 1.0, 0.0)) * factor
             slope = tl.where(wanted < 0, 0.0, slope)
             tl.store(logits + column, slope.to(logits.dtype.element_ty), inside)
 
 
-def cross_entropy(logits, target, loss, scale, rows, vocabulary, write_gradient, _dtype_code):
+def cross_entropy(logits, target, loss, scale, rows, vocabulary, z_loss, write_gradient, _dtype_code):
     """Loss of every row, gradient in place of the logits; arguments, shapes and formula: csrc/cross_entropy.h."""
     if not rows:
         return
@@ -71,4 +76,5 @@ def cross_entropy(logits, target, loss, scale, rows, vocabulary, write_gradient,
         kernel, warps = _whole_row_kernel, max(4, min(32, block // 1024))
     else:
         block, kernel, warps = 8192, _chunked_row_kernel, 8
-    kernel[(rows,)](logits, target, loss, scale, vocabulary, WRITE=write_gradient, BLOCK=block, num_warps=warps)
+    options = {"WRITE": write_gradient, "BLOCK": block, "num_warps": warps}
+    kernel[(rows,)](logits, target, loss, scale, vocabulary, z_loss, **options)

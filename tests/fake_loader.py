@@ -90,9 +90,11 @@ def rows(folder: Path, key: str = "microbatches") -> list[dict]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The newest checkpoint's tensors, moments included."""
+    """The newest checkpoint's tensors, moments included, and the average of the weights as ema.NAME."""
     saved = checkpoint.newest(folder)
-    return load_file(saved / "model.safetensors") | load_file(saved / "optimizer.safetensors")
+    average = load_file(saved / checkpoint.AVERAGE) if (saved / checkpoint.AVERAGE).exists() else {}
+    tensors = load_file(saved / "model.safetensors") | load_file(saved / "optimizer.safetensors")
+    return tensors | {f"ema.{name}": tensor for name, tensor in average.items()}
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -135,7 +135,7 @@ def test_logits_of_any_width(module, V, dtype):
     eager = torch.log_softmax(logits.float(), 1)
     ours = {"loss": torch.full((3,), torch.nan), "gradient": logits.clone()}
     code = DTYPE_CODES[dtype]
-    extension.call("cross_entropy", logits, ours["gradient"], target, ours["loss"], scale, 3, V, True, code)
+    extension.call("cross_entropy", logits, ours["gradient"], target, ours["loss"], scale, 3, V, 0.0, True, code)
     picked = -eager.gather(1, target.clamp(min=0)[:, None])[:, 0] * (target >= 0)
     hot = torch.zeros(3, V).scatter_(1, target.clamp(min=0)[:, None], 1.0)
     slope = ((eager.exp() - hot) * 0.5 * (target >= 0)[:, None]).to(dtype)

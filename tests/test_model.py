@@ -1,5 +1,6 @@
 """The encoder: equal to stock ModernBERT, equal on our operators and on the reference, and able to learn."""
 
+import dataclasses
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from cramfast.errors import UserError
 from cramfast.kernels import reference
 from cramfast.model import Encoder, flops_per_token, positions
 from cramfast.optim import AdamW, FlatParameters
-from cramfast.recipes import PRESETS
+from cramfast.recipes import PRESETS, starting_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = (5, 40, 1, 23)
@@ -230,6 +231,37 @@ def test_presets_are_possible(device):
         assert config.preset == name
         assert config.batch_tokens % config.microbatch_tokens == 0
     assert parameter_count(PRESETS["base"](device).model) == pytest.approx(120e6, rel=0.01)
+
+
+def test_crammed_is_the_papers_recipe_at_every_size():
+    paper = PRESETS["crammed_bert"]("cuda")
+    assert dataclasses.replace(starting_config("base", "crammed", "cuda"), preset="crammed_bert") == paper
+    assert (
+        paper.batch_tokens == 8192 * 128 and paper.lr == 1e-3 and starting_config("crammed_bert", None, "cuda") == paper
+    )
+    for size in ("tiny", "mini", "small"):
+        plain, crammed = PRESETS[size]("cpu"), starting_config(size, "crammed", "cpu")
+        assert dataclasses.replace(paper.model, **shape_of(plain.model)) == crammed.model
+        kept = ("preset", "model", "budget", "lr", "microbatch_tokens", "batch_tokens", "eval_interval")
+        kept += ("checkpoint_interval", "heldout_tokens")
+        assert dataclasses.replace(crammed, **{key: getattr(paper, key) for key in kept}) == paper
+    assert starting_config("mini", "cramfast", "cpu") == starting_config("mini", None, "cpu") == PRESETS["mini"]("cpu")
+    with pytest.raises(UserError, match="crammed_bert with recipe=cramfast"):
+        starting_config("crammed_bert", "cramfast", "cpu")
+    with pytest.raises(UserError, match=r"recipe='fast' .*cramfast, crammed"):
+        starting_config("mini", "fast", "cpu")
+
+
+def shape_of(config: ModelConfig) -> dict[str, int]:
+    return {key: getattr(config, key) for key in ("vocab_size", "layers", "width", "heads", "feedforward")}
+
+
+def test_z_loss_is_the_square_of_log_z():
+    model = small_model()
+    plain, hidden_MD = model.loss(batch()), model.masked_hidden(batch())
+    model.z_loss = 0.25
+    log_z_M = model.logits(hidden_MD).logsumexp(-1)
+    assert model.loss(batch()).item() == pytest.approx((plain + 0.25 * log_z_M.square().mean()).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(

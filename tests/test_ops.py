@@ -253,11 +253,12 @@ def test_bfloat16_rounding_and_nan_match_torch(device):
     values = torch.cat([torch.tensor(special), torch.randn(1000)]).to(device)
     master = values.clone()
     ends, decay = torch.tensor([len(values)], device=device), torch.zeros(1, device=device)
-    zero, half = torch.zeros_like(values), torch.zeros_like(values, dtype=torch.bfloat16)
+    share, zero, half = torch.ones_like(decay), torch.zeros_like(values), torch.zeros_like(values, dtype=torch.bfloat16)
     scalars = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], device=device)
     cramfast.kernels.adamw(
-        master, zero, zero.clone(), zero.clone(), half, ends, decay, scalars, beta1=0.9, beta2=0.9, eps=1.0, max_norm=0
-    )
+        master, zero, zero.clone(), zero.clone(), half, ends, decay, share, scalars,
+        beta1=0.9, beta2=0.9, eps=1.0, max_norm=0,
+    )  # fmt: skip
     expected = values.bfloat16()
     assert torch.equal(half.isnan(), expected.isnan())
     assert torch.equal(half.nan_to_num(0.0), expected.nan_to_num(0.0))

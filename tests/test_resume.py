@@ -22,19 +22,26 @@ class HalfWay(Budget):
         return spent if spent < 0.5 else 1.0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"mask_fraction_end": 0.15},
-        {"short_sequence_len": 8, "short_fraction": 0.3},
-        {"short_sequence_len": 8, "short_fraction": 0.5},  # the second half begins with the first long sequences
-        {"short_sequence_len": 8, "short_fraction": 0.7},
-    ],
-    ids=["", "mask schedule", "long before", "long at once", "long later"],
-)
-def test_two_halves_equal_the_whole(tmp_path, dtype, changes):
+OPTIONS = {
+    "defaults": {},
+    "mask schedule": {"mask_fraction_end": 0.15},
+    "long before": {"short_sequence_len": 8, "short_fraction": 0.3},
+    "long at once": {"short_sequence_len": 8, "short_fraction": 0.5},  # the second half begins with the first long ones
+    "long later": {"short_sequence_len": 8, "short_fraction": 0.7},
+    "StableAdamW": {"optimizer": "stable_adamw", "max_norm": 0.0},
+    "Muon": {"optimizer": "muon"},
+    "average": {"ema_decay": 0.9},
+    "z-loss": {"z_loss": 1e-2},
+    "all at once": {"optimizer": "muon", "ema_decay": 0.9, "z_loss": 1e-2, "schedule": "cosine"},
+}
+
+
+CASES = [(changes, "float32") for changes in OPTIONS.values()]
+CASES += [(OPTIONS[name], "bfloat16") for name in ("defaults", "all at once")]
+
+
+@pytest.mark.parametrize(("changes", "dtype"), CASES, ids=[*OPTIONS, "bfloat16", "all at once, bfloat16"])
+def test_two_halves_equal_the_whole(tmp_path, changes, dtype):
     whole = run(tmp_path / "whole", "24000tokens", dtype=dtype, **changes)
     halves = tmp_path / "halves"
     run(halves, HalfWay("tokens", 24000), dtype=dtype, **changes)
@@ -44,6 +51,7 @@ def test_two_halves_equal_the_whole(tmp_path, dtype, changes):
     assert 0 < middle < len(rows(whole))
     assert same_bits(weights(whole), weights(halves))
     assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(halves)]
+    assert rows(whole, "heldout_loss")[-1]["heldout_loss"] == rows(halves, "heldout_loss")[-1]["heldout_loss"]
     assert [row["step"] for row in rows(halves)] == list(range(1, len(rows(whole)) + 1))
 
 

@@ -23,6 +23,12 @@ def test_shapes_start_above_zero_peak_at_one_and_end_at_zero(shape):
     assert values[top:] == sorted(values[top:], reverse=True)
 
 
+def test_wsd_is_stable_then_falls_by_one_minus_the_root():
+    assert [schedule.wsd(f) for f in (0.05, 0.3, 0.6)] == [1.0, 1.0, 1.0]
+    assert [schedule.wsd(f) for f in (0.7, 0.825)] == pytest.approx([0.5, 0.25])
+    assert schedule.SHAPES["trapezoid"] is schedule.wsd
+
+
 def test_batch_ramp_ends_at_sixty_percent():
     counts = [schedule.microbatches(f / 100, 128, 64 * 128, 0.6) for f in range(101)]
     assert counts[0] == 1 and counts[30] == round(1 + 63 / 2) and set(counts[60:]) == {64}

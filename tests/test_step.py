@@ -19,6 +19,7 @@ from cramfast.ledger import Clock, Ledger, Step
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model import Encoder
 from cramfast.optim import AdamW, FlatParameters, LossScale
+from cramfast.train import OPTIMIZERS
 
 pytestmark = pytest.mark.usefixtures("fake_text")
 TIMES = ("seconds", "tokens_per_s", "mfu")
@@ -39,11 +40,11 @@ def random_batch(device: str = "cpu"):
     )
 
 
-def model_and_optimizer(dtype=torch.float32, device="cpu") -> tuple[Encoder, AdamW]:
+def model_and_optimizer(dtype=torch.float32, device="cpu", kind=AdamW, **changes) -> tuple[Encoder, AdamW]:
     torch.manual_seed(0)
     model = Encoder(small_config().model).to(device)
     options = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.01, "max_norm": 0.5}
-    return model, AdamW(FlatParameters(model, dtype), **options)
+    return model, kind(FlatParameters(model, dtype), **(options | changes))
 
 
 # Figures read late
@@ -162,9 +163,9 @@ def test_the_clock_shares_out_the_time_and_leaves_out_what_it_is_told(monkeypatc
 # Nothing read in between
 
 
-def enqueue_steps(steps: int, batch) -> None:
+def enqueue_steps(steps: int, batch, kind=AdamW) -> None:
     """What session() does between two log points, on tensors without values: reading one raises."""
-    model, optimizer = model_and_optimizer(torch.float16, "meta")
+    model, optimizer = model_and_optimizer(torch.float16, "meta", kind, ema_decay=0.9)
     book = Ledger(Clock(torch.device("meta")))
     passes = Microbatch(model, optimizer, book.clock, lambda work: work)
     for _ in range(steps):
@@ -177,15 +178,16 @@ def enqueue_steps(steps: int, batch) -> None:
         assert book.ahead(Progress()).tokens > 0
 
 
-def test_a_step_reads_nothing_on_the_host(monkeypatch):
+@pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_step_reads_nothing_on_the_host(monkeypatch, kind):
     for op in dispatch.OPERATORS:
         monkeypatch.setitem(dispatch._overrides, (op, "meta"), "cpp")
     # Tensors without values stand for a GPU's here, where the kernels take float16 too.
     monkeypatch.setattr(dispatch, "_find", lambda op, device, *rest: dispatch._overrides[op, device])
-    enqueue_steps(3, random_batch("meta"))
+    enqueue_steps(3, random_batch("meta"), kind)
     monkeypatch.setitem(dispatch._overrides, ("attention", "meta"), "reference")
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # the test can fail
-        enqueue_steps(1, random_batch("meta"))
+        enqueue_steps(1, random_batch("meta"), kind)
 
 
 def test_the_loss_scale_moves_by_the_hosts_rule():

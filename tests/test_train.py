@@ -148,10 +148,24 @@ def test_command_line_overrides_a_recipe():
     assert config.dtype in ("float32", "bfloat16") and str(request.run_dir).endswith("-tiny")
 
 
+def test_command_line_takes_a_recipe():
+    config = parsed("--preset", "mini", "--recipe", "crammed", "--lr", "0.5", "--device", "cpu").config
+    assert (config.recipe, config.schedule, config.lr, config.model.positions) == (
+        "crammed",
+        "triangle",
+        0.5,
+        "sinusoidal",
+    )
+    assert parsed("--preset", "mini", "--optimizer", "muon", "--device", "cpu").config.optimizer == "muon"
+
+
 @pytest.mark.parametrize(
     ("args", "word"),
     [
         (["--preset", "huge"], "huge.*tiny, mini"),
+        (["--recipe", "slow"], "slow.*cramfast, crammed"),
+        (["--ema-decay", "1"], "ema_decay=1"),
+        (["--z-loss", "-0.1"], "z_loss=-0.1"),
         (["--mask-fraction", "1.5"], "mask_fraction=1.5"),
         (["--sequence-len", "4096"], "sequence_len=4096"),
         (["--device", "cpu", "--dtype", "float16"], "float16"),
