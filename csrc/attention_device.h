@@ -1,65 +1,18 @@
 // Device code that both forms of attention share. A warp works on tiles of 16 rows (the m16 of mma): it loads them from
 // global into swizzled shared memory, turning queries and keys by their rotary positions on the way; reads operands
 // with ldmatrix; and stores accumulators in accesses of 16 bytes, turning gradients back.
-//
-// Operands of mma_m16n8k16, with g = lane / 4 and t = lane % 4 (emulator/tensor_core.h):
-//   a (16 x 16)              register i: row g + 8 (i % 2), columns 2t, 2t + 1, plus 8 (i / 2)
-//   b (16 x 8), two abreast  register i: rows 2t, 2t + 1, plus 8 (i % 2), column g + 8 (i / 2)
-//   accumulators acc[n][i]   row g + 8 (i / 2), column 8n + 2t + i % 2
 #pragma once
 
 #include <stdexcept>
 #include <type_traits>
 
 #include "attention.h"
-#include "device_code.h"
+#include "warp_matrix.h"
 
 namespace cramfast {
 
 constexpr int tile_rows = 16;
 constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
-
-DEVICE int lane_id() { return static_cast<int>(threadIdx.x % 32); }
-DEVICE int warp_id() { return static_cast<int>(threadIdx.x / 32); }
-
-// ---- matrices of 16-bit values in shared memory
-
-// (rows, width), the 16-byte chunks of a row permuted so that those of one column in eight neighbouring rows lie in
-// different banks.
-template <class T, int width>
-struct Matrix {
-  static_assert(sizeof(T) == 2 && (width == 32 || width % 64 == 0));
-  Shared<T> data;
-
-  // Index of eight values, from a column that is a multiple of 8 on.
-  static DEVICE int chunk(int row, int column) {
-    const int turn = width == 32 ? row >> 1 & 3 : row & 7;  // two rows of 64 bytes fill the banks once
-    return row * width + ((column >> 3 ^ turn) << 3);
-  }
-
-  // What this lane points ldmatrix to for the 16 x 16 values from (row, column) on, both multiples of 16: the second of
-  // their 8 x 8 blocks is the one below or the one beside. The address of another block is this one's moved: the
-  // permutation is an exclusive or, so 16 columns from 0 on are one instruction and 16 rows are none.
-  static DEVICE int down(int row, int column = 0) {
-    return chunk(row + lane_id() % 16, column + lane_id() / 16 * 8);
-  }
-  static DEVICE int across(int row, int column = 0) {
-    return chunk(row + lane_id() % 8 + lane_id() / 16 * 8, column + lane_id() / 8 % 2 * 8);
-  }
-  DEVICE Shared<T> moved(int place, int rows, int columns) const { return data + ((place ^ columns) + rows * width); }
-
-  // Operands from such a place, moved by `rows` and `columns`: the values themselves (a, b) or their transpose.
-  DEVICE void a(std::uint32_t* r, int down, int rows, int columns) const { ldmatrix<4>(r, moved(down, rows, columns)); }
-  DEVICE void a_transposed(std::uint32_t* r, int across, int rows, int columns) const {
-    ldmatrix<4, true>(r, moved(across, rows, columns));
-  }
-  DEVICE void b(std::uint32_t* r, int down, int rows, int columns) const {
-    ldmatrix<4, true>(r, moved(down, rows, columns));
-  }
-  DEVICE void b_transposed(std::uint32_t* r, int across, int rows, int columns) const {
-    ldmatrix<4>(r, moved(across, rows, columns));
-  }
-};
 
 // ---- rows of one head in global memory
 
@@ -155,30 +108,6 @@ void with_head_width(std::int64_t head_width, const F& f) {
   }
 }
 
-// f(null pointer of the stored type) for the types of the tensor cores. Throws std::invalid_argument for float32.
-template <class F>
-void with_half_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::bfloat16: return f(static_cast<bf16*>(nullptr));
-    case DType::float16: return f(static_cast<f16*>(nullptr));
-    default: throw std::invalid_argument("attention: this form takes float16 and bfloat16");
-  }
-}
-
-// bfloat16 needs the tensor cores of sm_80; a kernel for an older card has no body, and its launcher refuses.
-template <class T>
-constexpr bool has_tensor_cores = has_sm80 || !std::is_same_v<T, bf16>;
-
-// Whether a kernel takes the path of sm_80. Throws std::invalid_argument when it has none for the dtype.
-template <class Kernel>
-bool takes_sm80_path(Kernel kernel, DType dtype) {
-  const bool sm80 = code_path(kernel) >= 800;
-  if (dtype == DType::bfloat16 && !sm80) {
-    throw std::invalid_argument("attention: bfloat16 needs sm_80 or later; this device takes float16");
-  }
-  return sm80;
-}
-
 // ---- from global to shared memory
 
 // Angles of rotary positions, (positions, width / 2) each; cos is null for none.
@@ -200,13 +129,6 @@ DEVICE void turn(std::uint32_t& a, std::uint32_t& b, float2 cos, float2 sin) {
   turn(low.y, high.y, cos.y, sin.y);
   a = pack2<T>(low.x, low.y);
   b = pack2<T>(high.x, high.y);
-}
-
-using Chunk = Pack<std::uint32_t, 4>;  // eight values
-
-template <class T>
-DEVICE Chunk load_chunk(const T* from) {
-  return load<4>(reinterpret_cast<const std::uint32_t*>(from));
 }
 
 // One warp copies 16 rows, asynchronously from sm_80 on; missing rows become zeros.

@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(threads, has_sm80 && width < 128 ? 2 : 1)
 // Shared memory depends on the path that the kernel takes: before sm_80 or from there on.
 template <class Kernel, class Args>
 void launch_blocks(const char* name, Kernel kernel, Cuda device, const Args& args, int bytes_before, int bytes_sm80) {
-  const bool sm80 = takes_sm80_path(kernel, args.dtype);
+  const bool sm80 = takes_sm80_path("attention", kernel, args.dtype);
   // The longest sequence that there may be has the fewest heads in a block. One block at least, for the tail.
   const int heads = args.max_seqlen > 64 ? 1 : args.max_seqlen > 32 ? 2 : args.max_seqlen > 16 ? 4 : 8;
   const std::int64_t blocks_each = ceil_div(args.heads, heads), blocks = args.sequences * blocks_each;
@@ -383,7 +383,7 @@ void launch_blocks(const char* name, Kernel kernel, Cuda device, const Args& arg
 }  // namespace
 
 void attention_short_fwd(Cuda device, const AttentionForward& args) {
-  with_half_type(args.dtype, [&](auto* stored) {
+  with_half_type("attention", args.dtype, [&](auto* stored) {
     with_head_width(args.head_width, [&](auto head_width) {
       using T = std::remove_pointer_t<decltype(stored)>;
       constexpr int width = decltype(head_width)::value;
@@ -394,7 +394,7 @@ void attention_short_fwd(Cuda device, const AttentionForward& args) {
 }
 
 void attention_short_bwd(Cuda device, const AttentionBackward& args) {
-  with_half_type(args.dtype, [&](auto* stored) {
+  with_half_type("attention", args.dtype, [&](auto* stored) {
     with_head_width(args.head_width, [&](auto head_width) {
       using T = std::remove_pointer_t<decltype(stored)>;
       constexpr int width = decltype(head_width)::value;

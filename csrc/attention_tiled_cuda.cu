@@ -325,14 +325,15 @@ void launch_shape(const char* name, Kernel kernel, Cuda device, const Args& args
 
 template <int width, bool keys, class Kernel, class Args>
 void launch_rows(const char* name, Kernel kernel, Cuda device, const Args& args) {
-  if (takes_sm80_path(kernel, args.dtype)) return launch_shape<width, keys, true>(name, kernel, device, args);
+  const bool sm80 = takes_sm80_path("attention", kernel, args.dtype);
+  if (sm80) return launch_shape<width, keys, true>(name, kernel, device, args);
   launch_shape<width, keys, false>(name, kernel, device, args);
 }
 
 }  // namespace
 
 void attention_tiled_fwd(Cuda device, const AttentionForward& args) {
-  with_half_type(args.dtype, [&](auto* stored) {
+  with_half_type("attention", args.dtype, [&](auto* stored) {
     with_head_width(args.head_width, [&](auto head_width) {
       using T = std::remove_pointer_t<decltype(stored)>;
       constexpr int width = decltype(head_width)::value;
@@ -342,7 +343,7 @@ void attention_tiled_fwd(Cuda device, const AttentionForward& args) {
 }
 
 void attention_tiled_bwd(Cuda device, const AttentionBackward& args) {
-  with_half_type(args.dtype, [&](auto* stored) {
+  with_half_type("attention", args.dtype, [&](auto* stored) {
     with_head_width(args.head_width, [&](auto head_width) {
       using T = std::remove_pointer_t<decltype(stored)>;
       constexpr int width = decltype(head_width)::value;
