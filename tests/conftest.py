@@ -43,3 +43,20 @@ def one_thread():
 def fake_text(monkeypatch, one_thread):
     """Training runs read tests/fake_loader.py's little language instead of prepared files."""
     fake_loader.install(monkeypatch.setattr)
+
+
+@pytest.fixture
+def nan_memory(monkeypatch):
+    """Call it, and torch.empty and its kin hand out NaN from there on: what no kernel wrote, or one read too early,
+    shows."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    def begin():
+        monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+        monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+
+    return begin
