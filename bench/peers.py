@@ -1,14 +1,18 @@
 """What each operator is compared with. A peer is forward plus backward (or one update) on the inputs of a Case."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
+from test_ops import assert_reproduces_reference
 
 import cramfast.kernels
 from bench.attention_peers import attention_peers
 from bench.liger_peers import liger_peers
 from bench.timing import Work
-from cramfast.kernels import reference
+from cramfast.kernels import dispatch, reference
 from cramfast.kernels.cases import Case
+from cramfast.kernels.layernorm_glu import FUSED
 
 
 def forward_backward(case: Case, operators, inputs, compiled=False) -> Work:
@@ -84,6 +88,36 @@ def cross_entropy_all_positions(inputs, mask_fraction=0.3) -> Work:
     return work
 
 
+def ours_by(implementation: str, case: Case, inputs) -> Work:
+    """The operator by another implementation than the one under test. Its value tests come first, as everywhere: red
+    ones raise RuntimeError."""
+    device, dtype = inputs["x"].device.type, inputs["x"].dtype
+
+    @functools.cache
+    def tested() -> Work:
+        for shape in case.test_shapes:
+            try:
+                assert_reproduces_reference(device, case, shape, dtype)
+            except AssertionError as error:
+                raise RuntimeError(f"no number for an operator that is wrong: {dict(shape)}: {error}") from error
+        return forward_backward(case, cramfast.kernels, inputs)
+
+    def work():
+        with dispatch.using(case.op, implementation, device=device):
+            return tested()()
+
+    return work
+
+
+def fused_forms(case: Case, inputs) -> dict[str, Work]:
+    """layernorm_glu by each kernel that makes its forward pass alone and can run here. Their rows beside "ours", which
+    runs the parts, are the verdict on them (docs/decisions/0010)."""
+    place = (inputs["x"].device.type, inputs["x"].dtype)
+    under_test = dispatch.choose(case.op, *place).implementation
+    names = [n for n in FUSED if n != under_test and not dispatch.obstacle(case.op, n, *place)]
+    return {f"ours, {name}": ours_by(name, case, inputs) for name in names}
+
+
 def on_device(value, device: str):
     """Inputs of a Case, or a part of them, on a device."""
     if isinstance(value, dict):
@@ -104,6 +138,8 @@ def peers(case: Case, inputs) -> dict[str, Work]:
         return found | attention_peers(inputs)
     found["eager"] = forward_backward(case, reference, inputs)
     found["torch.compile"] = forward_backward(case, reference, inputs, compiled=True)
+    if case.op == "layernorm_glu" and on_gpu:
+        found |= fused_forms(case, inputs)
     if case.op == "cross_entropy":
         found["logits of all tokens"] = cross_entropy_all_positions(inputs)
     return found | (liger_peers(case.op, inputs) if on_gpu else {})

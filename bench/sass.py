@@ -79,25 +79,26 @@ class Kernel:
             found.append(f"{self.spill_bytes} bytes of registers spilled")
         if self.local_accesses:
             found.append(f"{self.local_accesses} accesses to local memory")
-        attends = needs_tensor_cores(self.name, self.architecture)
-        if self.wide_loads == 0 and (attends or needs_wide_loads(self.name)):
+        multiplies = needs_tensor_cores(self.name, self.architecture)
+        if self.wide_loads == 0 and (multiplies or needs_wide_loads(self.name)):
             found.append("no 16-byte global load")
-        if self.tensor_core == 0 and attends:
+        if self.tensor_core == 0 and multiplies:
             found.append("no tensor-core instruction")
         return found
 
 
 def needs_wide_loads(name: str) -> bool:
     """Every kernel that is bound by memory, but for the one-value-at-a-time forms and the sum over few rows."""
-    if name.startswith("adamw"):
+    if name.startswith(("adamw", "layernorm_glu_fold")):
         return True
     match = re.match(r"(?:layernorm_[fb]wd|glu_[fb]wd|cross_entropy)_kernel<\w+, (\d+)", name)
     return bool(match) and int(match[1]) > 1
 
 
 def needs_tensor_cores(name: str, architecture: int) -> bool:
-    """Attention in half precision, but for bfloat16 before sm_80, where the launcher refuses an empty kernel."""
-    match = re.match(r"attention_\w+_(?:fwd|bwd)_kernel<(bf16|f16)", name)
+    """Attention in half precision and the matmul of layernorm_glu, but for bfloat16 before sm_80, where the launcher
+    refuses an empty kernel."""
+    match = re.match(r"(?:attention_\w+|layernorm_glu)_(?:fwd|bwd)_kernel<(bf16|f16)", name)
     return bool(match) and (match[1] == "f16" or architecture >= 80)
 
 
@@ -169,11 +170,11 @@ def parse_ptxas(log: str) -> dict[str, dict[str, int]]:
 
 
 def parse_sass(listing: str) -> dict[str, dict[str, int]]:
-    """Counts of the instructions that matter in each function of a cuobjdump listing."""
+    """Counts of the instructions that matter in each function of a cuobjdump listing; LDGSTS is cp.async."""
     counts = {}
     for part in listing.split("Function : ")[1:]:
         counts[part.split(maxsplit=1)[0]] = {
-            "wide_loads": len(re.findall(r"\bLDG\.E[.\w]*\.128", part)),
+            "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E[.\w]*\.128", part)),
             "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", part)),
             "tensor_core": len(re.findall(r"\bHMMA\.", part)),
         }
@@ -217,8 +218,8 @@ def table(kernels: list[Kernel]) -> str:
         "",
         f"Written by `python -m bench.sass --write` with nvcc {version[1] if version else '?'}. From the compiler",
         "alone: no time is measured here. Shared memory is what a block takes, static and dynamic; occupancy counts",
-        "it, threads and registers. Attention in bfloat16 has no body on sm_75: its launcher refuses. HMMA counts",
-        "instructions in the code; those in a loop run more than once.",
+        "it, threads and registers. Tensor-core kernels in bfloat16 have no body on sm_75: their launchers refuse.",
+        "LDG.128 (with cp.async) and HMMA count instructions in the code; those in a loop run more than once.",
         "",
         "| kernel | sm | threads | registers | shared B | spilled B | blocks/SM | occupancy | LDG.128 | HMMA |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -11,6 +11,7 @@
 #include "cross_entropy.h"
 #include "glu.h"
 #include "layernorm.h"
+#include "layernorm_glu.h"
 #ifdef CRAMFAST_EMULATED
 #include "emulator/global_memory.h"
 #include "emulator/machine.h"
@@ -138,6 +139,22 @@ void bind_workspaces(py::module_& m) {
   m.def("adamw_partials", [](Device device, Size size) { return adamw_partials(device, size); });
 }
 
+void bind_layernorm_glu(py::module_& m) {
+  m.def(
+      "layernorm_glu_fwd",
+      [](Cuda device, Address x, Address residual, Address norm_weight, Address norm_bias, Address weight, Address h,
+         Address stream, Address mean, Address rstd, Address gates, Address folded, Address correction, Size rows,
+         Size width, Size features, int activation, float eps, int dtype) {
+        layernorm_glu_fwd(device,
+                          {at<void>(x), at<void>(residual), at<float>(norm_weight), at<float>(norm_bias),
+                           at<void>(weight), at<void>(h), at<void>(stream), at<float>(mean), at<float>(rstd),
+                           at<void>(gates), at<void>(folded), at<float>(correction), rows, width, features,
+                           static_cast<Activation>(activation), eps, dtype_of(dtype)});
+      },
+      py::call_guard<CallGuard>());
+  m.def("layernorm_glu_folded", &layernorm_glu_folded);
+}
+
 template <class Device>
 void bind_operators(py::module_& m) {
   bind_layernorm<Device>(m);
@@ -153,6 +170,7 @@ void bind_cuda(py::module_& m) {
   py::class_<Cuda>(m, "Cuda", py::module_local())
       .def(py::init([](Address stream) { return Cuda{reinterpret_cast<void*>(stream)}; }), py::arg("stream"));
   bind_operators<Cuda>(m);
+  bind_layernorm_glu(m);
   m.attr("cuda_operators") = py::make_tuple("layernorm", "glu", "layernorm_glu", "attention", "cross_entropy", "adamw");
 }
 

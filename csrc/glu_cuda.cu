@@ -1,6 +1,6 @@
 #include "glu.h"
 
-#include "device_code.h"
+#include "activations.h"
 
 // A block takes a tile of rows and walks over its pieces of `vec` values (16 bytes, or one value where F is not a
 // multiple of that): a and g of a piece meet in one thread, and nothing is read or written twice.
@@ -9,21 +9,6 @@ namespace cramfast {
 namespace {
 
 constexpr int threads = 256, pieces_each = 4;
-
-struct Gelu {
-  static DEVICE float cdf(float a) { return 0.5f * erfcf(-0.707106781f * a); }  // no cancellation in the left tail
-  static DEVICE float value(float a) { return a * cdf(a); }
-  static DEVICE float derivative(float a) { return cdf(a) + a * (0.398942280f * expf(-0.5f * a * a)); }
-};
-
-struct Silu {
-  static DEVICE float sigmoid(float a) { return 1.0f / (1.0f + expf(-a)); }
-  static DEVICE float value(float a) { return a * sigmoid(a); }
-  static DEVICE float derivative(float a) {
-    const float s = sigmoid(a);
-    return s * (1.0f + a * (1.0f - s));
-  }
-};
 
 // f(row, first feature of the piece) for every piece of the block's rows. 32-bit division: a tile is small.
 template <int vec, class F>
@@ -90,32 +75,26 @@ void launch_kernel(Cuda device, const GluBackward& args) {
          args, static_cast<int>(tile));
 }
 
-template <class Act, class Args>
+template <class Args>
 void launch_for_type(Cuda device, const Args& args) {
   with_stored_type(args.dtype, [&](auto* stored) {
     using T = std::remove_pointer_t<decltype(stored)>;
     constexpr int vec = 16 / sizeof(T);
-    if (args.features % vec == 0) {
-      launch_kernel<T, vec, Act>(device, args);
-    } else {
-      launch_kernel<T, 1, Act>(device, args);
-    }
+    with_activation(args.activation, [&](auto activation) {
+      using Act = decltype(activation);
+      if (args.features % vec == 0) {
+        launch_kernel<T, vec, Act>(device, args);
+      } else {
+        launch_kernel<T, 1, Act>(device, args);
+      }
+    });
   });
-}
-
-template <class Args>
-void launch_for_activation(Cuda device, const Args& args) {
-  if (args.activation == Activation::gelu) {
-    launch_for_type<Gelu>(device, args);
-  } else {
-    launch_for_type<Silu>(device, args);
-  }
 }
 
 }  // namespace
 
-void glu_fwd(Cuda device, const GluForward& args) { launch_for_activation(device, args); }
+void glu_fwd(Cuda device, const GluForward& args) { launch_for_type(device, args); }
 
-void glu_bwd(Cuda device, const GluBackward& args) { launch_for_activation(device, args); }
+void glu_bwd(Cuda device, const GluBackward& args) { launch_for_type(device, args); }
 
 }  // namespace cramfast

@@ -23,7 +23,7 @@ struct LayerNormForward {
   const void* residual;  // (rows, width) or null
   const float* weight;   // (width,)
   const float* bias;     // (width,) or null
-  void* y;               // (rows, width)
+  void* y;               // (rows, width); on a GPU null too: stream and statistics alone
   void* stream;          // (rows, width), or null when residual is null: then x is the stream
   float* mean;           // (rows,)
   float* rstd;           // (rows,)

@@ -53,7 +53,6 @@ __global__ void __launch_bounds__(row_warps == 1 ? 32 * forward_warps : 32 * row
   const T* x = static_cast<const T*>(args.x) + offset;
   const T* residual = args.residual ? static_cast<const T*>(args.residual) + offset : nullptr;
   T* stream = static_cast<T*>(args.stream) + offset;
-  T* y = static_cast<T*>(args.y) + offset;
 
   float s[pieces][vec], sum = 0.0f;
 #pragma unroll
@@ -86,6 +85,8 @@ __global__ void __launch_bounds__(row_warps == 1 ? 32 * forward_warps : 32 * row
     args.mean[row] = mean;
     args.rstd[row] = rstd;
   }
+  if (!args.y) return;
+  T* y = static_cast<T*>(args.y) + offset;
 #pragma unroll
   for (int p = 0; p < pieces; ++p) {
     const int d = (p * team.threads + team.rank) * vec;

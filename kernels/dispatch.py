@@ -77,6 +77,11 @@ def _cpp_obstacle(target: Target) -> str:
     return _dtype_obstacle(target, extension.storage_dtypes(target.device))
 
 
+def _cpp_fused_obstacle(target: Target) -> str:
+    found = _gpu_obstacle(target, 80 if target.dtype == torch.bfloat16 else 75) or _dtype_obstacle(target, HALF)
+    return found or _cpp_obstacle(target)
+
+
 def _triton_obstacle(target: Target) -> str:
     interpreted = target.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and (found := _gpu_obstacle(target, 80)):
@@ -91,6 +96,10 @@ def _emulated_obstacle(target: Target) -> str:
     if emulated.CSRC.is_dir() and not all(source.exists() for source in sources):
         return f"{target.op} has no CUDA kernel yet"
     return emulated.missing_reason() or _dtype_obstacle(target, extension.storage_dtypes("cuda"))
+
+
+def _emulated_fused_obstacle(target: Target) -> str:
+    return _emulated_obstacle(target) or _dtype_obstacle(target, HALF)
 
 
 def _flash_attn_obstacle(target: Target) -> str:
@@ -163,9 +172,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "glu": {"cpp": _CPP, "triton": _TRITON, "reference": _plain(reference.glu), "emulated": _EMULATED},
     "layernorm_glu": {
         "cpp": _CPP,
+        "cpp_fused": Implementation(_cpp_fused_obstacle),
         "triton": _TRITON,
         "reference": _plain(reference.layernorm_glu),
         "emulated": _EMULATED,
+        "emulated_fused": Implementation(_emulated_fused_obstacle),
     },
     "attention": {
         "cpp": _CPP,
@@ -190,8 +201,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     },
 }
 OPERATORS = tuple(IMPLEMENTATIONS)
-# What an operator calls below autograd, where that is not the operator itself.
-_PARTS = {"layernorm_glu": ("layernorm", "glu")}
+# What an operator calls below autograd, where that is not the operator alone.
+_PARTS = {"layernorm_glu": ("layernorm", "glu", "layernorm_glu")}
 
 _overrides: dict[tuple[str, str], str] = {}  # (op, device) -> implementation
 _picked: dict[tuple, str] = {}  # arguments of _find() -> its result
@@ -286,8 +297,8 @@ def launcher(implementation: str) -> Callable:
 def override(op: str, implementation: str, architecture: int = 860, device: str | None = None) -> None:
     """Take an implementation of one operator, or of "all" that can, on one device or on any; "auto" takes that back.
 
-    "emulated" runs the CUDA kernels of `architecture` (750 or 860) on the CPU, thousands of times slower, to test
-    them; nothing ever chooses it by itself.
+    "emulated" and "emulated_fused" run the CUDA kernels of `architecture` (750 or 860) on the CPU, thousands of times
+    slower, to test them; nothing ever chooses them by itself.
 
     Raises:
         ValueError: an unknown operator or implementation, or one that can run nowhere, in no dtype; with the reason.
@@ -316,7 +327,7 @@ def override(op: str, implementation: str, architecture: int = 860, device: str 
         if where == "cpu":
             for part in _PARTS.get(one, (one,)):
                 extension.emulated.pop(part, None)
-                if implementation == "emulated":
+                if implementation.startswith("emulated"):
                     extension.emulated[part] = emulated.load(architecture)
 
 

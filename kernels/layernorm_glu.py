@@ -1,15 +1,17 @@
-"""LayerNorm -> matmul -> gate as one autograd node that keeps no normalised rows."""
+"""LayerNorm -> matmul -> gate as one autograd node that keeps no normalised rows: its parts, or one kernel for the
+forward pass (csrc/layernorm_glu.h, triton_layernorm_glu.py)."""
 
 import torch
 
 from cramfast.kernels import dispatch
-from cramfast.kernels.extension import ACTIVATION_CODES, check, check_activations
+from cramfast.kernels.extension import ACTIVATION_CODES, DTYPE_CODES, check, check_activations
 from cramfast.kernels.glu import glu_bwd, glu_fwd
-from cramfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
+from cramfast.kernels.layernorm import MAX_WIDTH, layernorm_bwd, layernorm_fwd
 from cramfast.kernels.linear import input_gradient, product
 from cramfast.kernels.registry import register
 
-FUSED = ("triton",)  # implementations with one kernel for the forward pass (triton_layernorm_glu.py), not its parts
+FUSED = ("cpp_fused", "triton", "emulated_fused")  # implementations with one kernel for the forward pass
+PIECE = 8  # values of a half-precision row that the compiled kernel moves at a time
 
 
 def _forward(x_ND, residual_ND, norm_weight_D, norm_bias_D, weight_2FD, activation, eps, implementation):
@@ -27,10 +29,24 @@ def _forward(x_ND, residual_ND, norm_weight_D, norm_bias_D, weight_2FD, activati
         raise ValueError(f"activation: {activation!r} is not one of {', '.join(ACTIVATION_CODES)}")
     inputs = (x_ND, residual_ND, norm_weight_D, norm_bias_D, weight_2FD)
     outputs = _forward_fake(*inputs, activation, eps, implementation)
-    sizes = (N, D, weight_2FD.shape[0] // 2)
+    features = weight_2FD.shape[0] // 2
     launch = dispatch.launcher(implementation)
-    launch("layernorm_glu_fwd", x_ND, *inputs, *outputs, *sizes, ACTIVATION_CODES[activation], eps)
+    scratch = () if implementation == "triton" else _scratch(launch, x_ND, features, implementation)
+    codes = (ACTIVATION_CODES[activation], eps, DTYPE_CODES[x_ND.dtype])
+    launch("layernorm_glu_fwd", x_ND, *inputs, *outputs, *scratch, N, D, features, *codes)
     return outputs
+
+
+def _scratch(launch, x_ND, features, implementation):
+    """What the compiled kernel works with besides: the weight with norm_weight folded in, and two sums a column."""
+    D = x_ND.shape[1]
+    if D % PIECE or features % PIECE or not 0 < D <= MAX_WIDTH:
+        raise ValueError(
+            f"layernorm_glu={implementation} takes widths D up to {MAX_WIDTH} and F that are multiples of {PIECE},"
+            f" not {D} and {features}; use layernorm_glu=cpp"
+        )
+    folded = x_ND.new_empty(launch("layernorm_glu_folded", x_ND, features), D)
+    return folded, torch.empty(2, 2 * features, dtype=torch.float32, device=x_ND.device)
 
 
 def _forward_fake(x_ND, residual_ND, norm_weight_D, norm_bias_D, weight_2FD, activation, eps, implementation):
@@ -91,7 +107,7 @@ def layernorm_glu(x, norm_weight, norm_bias, weight_in, activation="gelu", resid
     """The first half of a feed-forward block: glu(LayerNorm(x + residual) @ weight_in.T).
 
     Args:
-        x: (N, D), float32 or bfloat16.
+        x: (N, D), float32 or bfloat16; float16 too on a GPU.
         norm_weight: (D,), float32.
         norm_bias: (D,), float32, or None.
         weight_in: (2 F, D), the dtype of `x`; the first F rows give the activated part.
@@ -103,7 +119,7 @@ def layernorm_glu(x, norm_weight, norm_bias, weight_in, activation="gelu", resid
         (h, stream): h is (N, F); stream is x + residual, (N, D), or `x` itself without a residual.
 
     Raises:
-        ValueError: as layernorm and glu.
+        ValueError: as layernorm and glu; widths that the compiled fused kernel does not take, where it was asked for.
 
     Kept for backward: stream, two statistics a row, and the (N, 2 F) pre-activations; the normalised rows are
     computed again. Sources: arXiv:1607.06450, arXiv:2002.05202.

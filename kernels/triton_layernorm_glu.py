@@ -99,6 +99,7 @@ def _layernorm_glu_kernel(
 
 def layernorm_glu_fwd(
     x, residual, norm_weight, norm_bias, weight, h, stream, mean, rstd, gates, rows, width, features, activation, eps,
+    _dtype_code,
 ):  # fmt: skip
     """Arguments as in kernels/layernorm_glu.py; h, stream, mean, rstd and gates are written."""
     if not rows:

@@ -73,6 +73,15 @@ def test_the_fastest_that_can_run_is_taken(on_gpu):
         assert dispatch.choose("attention", "cuda", torch.bfloat16).implementation == "reference"
 
 
+def test_the_fused_feed_forward_is_taken_only_where_it_was_measured_fastest(on_gpu, monkeypatch):
+    monkeypatch.setattr(dispatch, "_cpp_obstacle", lambda target: "")  # as where it was built with CUDA
+    choice = dispatch.choose("layernorm_glu", "cuda", torch.bfloat16)
+    assert choice.implementation == "reference" and "cpp_fused" in choice.reason
+    on_gpu(row("layernorm_glu", {"cpp_fused": 1.0, "reference": 3.0}))
+    assert dispatch.choose("layernorm_glu", "cuda", torch.bfloat16).implementation == "cpp_fused"
+    assert dispatch.choose("layernorm_glu", "cuda", torch.float16).implementation == "reference"
+
+
 def test_the_reference_is_taken_where_it_was_fastest(on_gpu):
     on_gpu(row("attention", {"reference": 1.0, "torch_varlen": 1.2}))
     assert dispatch.choose("attention", "cuda", torch.bfloat16).implementation == "reference"
@@ -103,6 +112,9 @@ def test_adamw_is_measured_in_float32_whatever_the_weights_are(on_gpu, monkeypat
         ("layernorm", "triton", "sm_80", torch.float64, "not float64"),
         ("layernorm", "triton", "sm_80", torch.bfloat16, ""),
         ("layernorm", "apex", "sm_75", torch.float16, ""),
+        ("layernorm_glu", "cpp_fused", "sm_70", torch.float16, "sm_75 or later"),
+        ("layernorm_glu", "cpp_fused", "sm_75", torch.bfloat16, "sm_80 or later"),
+        ("layernorm_glu", "cpp_fused", "sm_86", torch.float32, "float16, bfloat16, not float32"),
         ("adamw", "apex", "sm_86", torch.float32, "overwrites the gradient"),
         ("glu", "emulated", "sm_86", torch.float32, "for tests"),
         ("glu", "reference", "sm_75", torch.float64, ""),

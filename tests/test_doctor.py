@@ -49,6 +49,8 @@ def test_what_else_could_run_and_what_cannot(monkeypatch):
     reasons = {(name, why): ops for name, ops, why in doctor.impossible("cuda")}
     assert reasons["flash_attn", "it needs sm_80 or later"] == "attention"
     assert reasons["triton", "it needs sm_80 or later"] == "layernorm, glu, layernorm_glu, cross_entropy, adamw"
+    assert reasons["cpp_fused", "it needs sm_80 or later"] == "layernorm_glu"  # in bfloat16
+    assert reasons["cpp_fused", "it takes float16, bfloat16, not float32"] == "layernorm_glu"
 
 
 def test_an_implementation_that_lacks_a_dtype_is_shown_not_called_wrong(monkeypatch):

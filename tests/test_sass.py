@@ -18,6 +18,7 @@ SASS = """\
 \t\tFunction : _Z1aPf
         /*0000*/    LDG.E.128.CONSTANT.SYS R4, [R2] ;
         /*0010*/    LDG.E.64 R4, [R2] ;
+        /*0018*/    LDGSTS.E.BYPASS.128 [R3], [R4.64] ;
         /*0020*/    STL [R1], R0 ;
         /*0030*/    HMMA.16816.F32 R0, R4, R8, R0 ;
 \t\tFunction : _Z1bPf
@@ -31,7 +32,7 @@ def test_listings_are_read():
         "_Z1bPf": {"stack_bytes": 0, "spill_bytes": 0, "registers": 10, "shared_bytes": 0},
     }
     assert parse_sass(SASS) == {
-        "_Z1aPf": {"wide_loads": 1, "local_accesses": 1, "tensor_core": 1},
+        "_Z1aPf": {"wide_loads": 2, "local_accesses": 1, "tensor_core": 1},
         "_Z1bPf": {"wide_loads": 0, "local_accesses": 0, "tensor_core": 0},
     }
 
@@ -61,6 +62,8 @@ def test_each_problem_is_named():
     assert not needs_tensor_cores("attention_short_bwd_kernel<bf16, 64>", 75)  # has no body
     assert not needs_tensor_cores("attention_plain_fwd_kernel<64>", 86)
     assert not needs_tensor_cores("glu_fwd_kernel<f16, 8, Gelu>", 86)
+    assert needs_tensor_cores("layernorm_glu_fwd_kernel<f16, Gelu>", 75)
+    assert needs_wide_loads("layernorm_glu_fold_kernel<bf16>")
     assert Kernel("attention_short_fwd_kernel<f16, 64>", 86, 128, 32, 0, 0, 0, 1, 0, 0).problems()
 
 
