@@ -28,10 +28,26 @@ def _dtypes(op: str, device: str) -> tuple[torch.dtype, ...]:
     return (torch.bfloat16, torch.float16) if torch.cuda.get_device_capability() >= (8, 0) else (torch.float16,)
 
 
+def _resized(shapes_of, asked: str):
+    """The first shape of every operator that has all of these sizes, with them changed."""
+    pairs = [pair.partition("=") for pair in asked.split()]
+    if not all(value.isdigit() for _, _, value in pairs):
+        raise pytest.UsageError(f"--sizes {asked}: write NAME=NUMBER, as 'D=256 F=512'")
+    sizes = {name: int(value) for name, _, value in pairs}
+    found = {op: ({**shapes[0], **sizes},) for op, shapes in shapes_of.items() if sizes.keys() <= shapes[0].keys()}
+    if not found:
+        raise pytest.UsageError(
+            f"--sizes {asked}: no operator has {' and '.join(sizes)}; bench/goals.py has the shapes"
+        )
+    return found
+
+
 def pytest_generate_tests(metafunc):
     device = machine.devices(metafunc.config.getoption("--device"))[-1]
     cases = {case.op: case for case in CASES}
     shapes_of = {op: case.bench_shapes for op, case in cases.items()} if device == "cpu" else goals.SHAPES
+    if asked := metafunc.config.getoption("--sizes"):
+        shapes_of = _resized(shapes_of, asked)
     points = [
         (rank, pytest.param(device, cases[op], shape, dtype, index, id=f"{op}-{index}-{str(dtype)[6:]}"))
         for op, shapes in shapes_of.items()

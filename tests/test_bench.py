@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import attention_peers, goals, peers
+from bench import attention_peers, goals, peers, test_kernels
 from bench.timing import COLD_BYTES, HEAD_START_S, Stopwatch, interleaved
 from cramfast.kernels.cases import CASES
 
@@ -178,6 +178,15 @@ def test_shapes_on_a_gpu_are_named_and_fit_their_cases():
         for shape in shapes:
             assert cases[op].bytes_moved(**shape, dtype=torch.bfloat16) > 0
             assert cases[op].flops(**shape, dtype=torch.bfloat16) > 0
+
+
+def test_other_sizes_are_measured_on_request():
+    found = test_kernels._resized(goals.SHAPES, "D=256 F=512")
+    assert found == {"layernorm_glu": ({"N": goals.TOKENS, "D": 256, "F": 512},)}
+    assert set(test_kernels._resized(goals.SHAPES, "D=256")) == {"layernorm", "layernorm_glu", "cross_entropy"}
+    for asked, message in (("D", "write NAME=NUMBER"), ("D=big", "write NAME=NUMBER"), ("Z=3", "no operator has Z")):
+        with pytest.raises(pytest.UsageError, match=message):
+            test_kernels._resized(goals.SHAPES, asked)
 
 
 def test_clocks_and_driver_are_read_beside_the_card(monkeypatch):

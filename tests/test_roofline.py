@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import fusion
 from bench.roofline import CARDS, bound, markdown
 from cramfast.kernels.cases import CASES
 
@@ -50,3 +51,21 @@ def test_work_grows_with_the_tokens_but_not_the_update():
         {tuple(cells(line)[:1]): cells(line) for line in markdown(tokens).splitlines()[2:]} for tokens in (16384, 65536)
     )
     assert small[("adamw",)] == large[("adamw",)] and small[("glu",)] != large[("glu",)]
+
+
+def test_the_decision_holds_the_predicted_rates_of_the_fused_matmul():
+    page = DOCS.parent / "decisions" / "0010-fused-feed-forward.md"
+    assert fusion.markdown() in page.read_text(encoding="utf-8"), "run python -m bench.fusion and paste its table"
+
+
+def test_the_needed_rate_by_hand():
+    """At the needed rate both ways take as long; N D = 8, N F = 16, F D = 2 values."""
+    forward = fusion.Forward(N=8, D=1, F=2)
+    card = fusion.Card("slow tensor cores", bandwidth=1 / fusion.BANDWIDTH_SHARE, tensor_flops=0.05, plain_flops=1.0)
+    library_s = forward.flops / 0.04
+    assert forward.parts_s(card) == pytest.approx(8 * 8 + library_s + 6 * 16)
+    fused_s = 6 * 8 + 8 * 2 + library_s / forward.needed(card)
+    assert fused_s == pytest.approx(forward.parts_s(card))
+    slow_memory = fusion.Card("no arithmetic", bandwidth=card.bandwidth, tensor_flops=1e9, plain_flops=1.0)
+    assert forward.parts_s(slow_memory) == pytest.approx(8 * 8 + (2 * 8 + 4 * 2 + 4 * 16) + 6 * 16)
+    assert fusion.Forward(N=1, D=8, F=8).needed(slow_memory) is None  # folding the weight alone takes longer
