@@ -107,12 +107,18 @@ def restore(checkpoint: Path, optimizer: AdamW) -> dict[str, Any]:
     return read_state(checkpoint)
 
 
-def copy_into(targets: dict[str, Tensor], path: Path) -> None:
+def copy_into(targets: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Fill the targets from a safetensors file; all that it holds.
+
+    Raises:
+        UserError: a damaged file, a tensor that is missing or of another shape.
+    """
     stored = read_tensors(path)
     for name, target in targets.items():
         if name not in stored or stored[name].shape != target.shape:
             raise UserError(f"{path}: {name} is missing or has another shape — the file belongs to another model")
         target.copy_(stored[name])
+    return stored
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -146,7 +152,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def load_model(path: str | Path) -> tuple[Encoder, ModelConfig]:
     """Rebuild the encoder of a run folder (its newest checkpoint) or of one checkpoint folder; float32, on the CPU.
 
-    A run that averages its weights (ema_decay) gives the average.
+    A run that averages its weights (ema_decay) gives the average; one of replaced-token detection the encoder without
+    its generator, and `fills_masks` is False.
 
     Raises:
         UserError: no checkpoint there, or a damaged one.
@@ -161,5 +168,6 @@ def load_model(path: str | Path) -> tuple[Encoder, ModelConfig]:
         model = Encoder(config)
     with torch.no_grad():
         averaged = (checkpoint / AVERAGE).exists()
-        copy_into(dict(model.named_parameters()), checkpoint / (AVERAGE if averaged else "model.safetensors"))
+        stored = copy_into(dict(model.named_parameters()), checkpoint / (AVERAGE if averaged else "model.safetensors"))
+    model.fills_masks = "detector.weight" not in stored
     return model.eval(), config

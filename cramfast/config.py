@@ -120,6 +120,8 @@ class TrainConfig:
     """Longest sequence at the start, such as 64; 0: sequence_len from the first update on."""
     short_fraction: float = 0.25
     """Share of the budget with short_sequence_len; then a new epoch begins."""
+    objective: Literal["mlm", "rtd"] = "mlm"
+    """mlm: predict masked words; rtd: replaced-token detection beside a small generator, which fills them (ELECTRA)."""
     masking: Literal["bert", "all_mask"] = "bert"
     """bert: 80 % [MASK], 10 % a random token, 10 % kept; all_mask: always [MASK]."""
     mask_fraction: float = 0.3

@@ -74,7 +74,7 @@ def export(run_dir: Path, out_dir: Path, check: bool = True, overwrite: bool = F
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL.items()}
-        written = own_config(config) if reason else hf_config(config, ids)
+        written = own_config(config, model.fills_masks) if reason else hf_config(config, ids, model.fills_masks)
         tensors = own_tensors(model) if reason else hf_tensors(model)
         _write_json(partial / "config.json", written)
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
@@ -116,6 +116,7 @@ def load(folder: str | Path) -> tuple[Encoder, Tokenizer]:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"{path}: does not fit config.json ({error}) — export the run again") from error
+    model.fills_masks = written.get("fills_masks", True)
     return model.eval(), _read_tokenizer(folder / "tokenizer.json", config)
 
 
@@ -128,18 +129,19 @@ def own_loader_reason(config: ModelConfig) -> str:
     return ""
 
 
-def hf_config(config: ModelConfig, ids: dict[str, int]) -> dict:
+def hf_config(config: ModelConfig, ids: dict[str, int], fills_masks: bool = True) -> dict:
     """config.json for transformers, with the keys of 4.57 and of 5.x: each reads its own, and a 4.57 that meets only
     the new ones loads without a word and computes something else.
 
     Args:
         config: the model's shape.
         ids: token ids of pad, cls and sep.
+        fills_masks: whether the decoder was trained; else the folder is named an encoder.
     """
     kinds = ("full_attention", "sliding_attention")
     thetas = (config.rope_theta_global, config.rope_theta_local)
     return {
-        "architectures": ["ModernBertForMaskedLM"],
+        "architectures": ["ModernBertForMaskedLM" if fills_masks else "ModernBertModel"],
         "model_type": "modernbert",
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -198,10 +200,10 @@ def hf_tensors(model: Encoder) -> dict[str, Tensor]:
     return tensors
 
 
-def own_config(config: ModelConfig) -> dict:
+def own_config(config: ModelConfig, fills_masks: bool = True) -> dict:
     """config.json of a folder in our own form; its model_type keeps transformers from guessing."""
     note = "stock transformers cannot load this folder; use cramfast.export.load(folder)"
-    return {"model_type": OWN_TYPE, "note": note, "model": to_json(config)}
+    return {"model_type": OWN_TYPE, "note": note, "fills_masks": fills_masks, "model": to_json(config)}
 
 
 def own_tensors(model: Encoder) -> dict[str, Tensor]:

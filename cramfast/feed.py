@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cramfast.config import ModelConfig, TrainConfig
+from cramfast.electra import Discriminator, detection_flops_per_token
 from cramfast.loader import Batch, BatchSource, LengthenedSource, Prefetcher, Source
 from cramfast.model import Encoder, flops_per_token
 from cramfast.ranges import Range
@@ -85,8 +86,11 @@ class Feed:
         position: (epoch, index) of the next microbatch.
     """
 
-    def __init__(self, source: Source, model: ModelConfig, device: torch.device, position: tuple[int, int]):
-        self.source, self.model, self.position = source, model, position
+    def __init__(
+        self, source: Source, model: ModelConfig, device: torch.device, position: tuple[int, int],
+        objective: str = "mlm",
+    ):  # fmt: skip
+        self.source, self.model, self.position, self.objective = source, model, position, objective
         self.upload = None if device.type == "cpu" else Upload(device)
         self.ahead: Prefetcher | None = None
         self.masked = None
@@ -112,7 +116,7 @@ class Feed:
             self.ahead, self.masked = Prefetcher(self.source, masked, position=self.position), masked
         batch = next(self.ahead)
         self.position = self.ahead.position
-        flops = batch_flops(self.model, batch)
+        flops = batch_flops(self.model, batch, self.objective)
         return batch if self.upload is None else self.upload(batch), flops
 
 
@@ -146,11 +150,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **{name: tensor.to(device) for name, tensor in tensors_of(batch).items()})
 
 
-def batch_flops(model: ModelConfig, batch: Batch) -> float:
+def batch_flops(model: ModelConfig, batch: Batch, objective: str = "mlm") -> float:
     """FLOPs of one forward and backward pass over the useful tokens of a batch on the CPU."""
     lengths_S = batch.cu_seqlens.diff().to(torch.float64)
     mean_len = float(lengths_S.square().sum()) / batch.tokens  # each token attends to its own sequence
-    return batch.tokens * flops_per_token(model, len(batch.target_M) / batch.tokens, mean_len)
+    each = detection_flops_per_token if objective == "rtd" else flops_per_token
+    return batch.tokens * each(model, len(batch.target_M) / batch.tokens, mean_len)
 
 
 def heldout_batches(config: TrainConfig, prepared: Path, device: torch.device) -> list[Batch]:
@@ -167,6 +172,13 @@ def heldout_batches(config: TrainConfig, prepared: Path, device: torch.device) -
     )
     count = min(source.batches(0), max(1, config.heldout_tokens // config.microbatch_tokens))
     return [to_device(source.batch(0, index, HELDOUT_MASK_FRACTION), device) for index in range(count)]
+
+
+@torch.no_grad()
+def detection_loss(model: Discriminator, batches: list[Batch]) -> float:
+    """Mean binary cross-entropy of replaced-token detection over `batches`, in nats a token."""
+    weighted = sum(model.detection_loss(batch).double() * batch.tokens for batch in batches)
+    return float(weighted) / sum(batch.tokens for batch in batches)
 
 
 @torch.no_grad()

@@ -65,10 +65,10 @@ class MetricsLog:
                 if key not in ("step", "tokens") and math.isfinite(value):
                     self.board.add_scalar(key, value, row["step"])
 
-    def evaluation(self, progress: Progress, loss: float, accuracy: float) -> float:
-        """Write a held-out evaluation; return its loss."""
+    def evaluation(self, progress: Progress, loss: float, accuracy: float, **more: float) -> float:
+        """Write a held-out evaluation, `more` figures of it included; return its loss."""
         spent = {key: getattr(progress, key) for key in ("step", "tokens", "flops", "seconds")}
-        self.row(spent | {"heldout_loss": loss, "heldout_accuracy": accuracy})
+        self.row(spent | {"heldout_loss": loss, "heldout_accuracy": accuracy} | more)
         return loss
 
     def write(self, row: dict[str, Any]) -> None:

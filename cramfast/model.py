@@ -115,6 +115,7 @@ class Encoder(nn.Module):
         self.config = config
         self.dropout = 0.0  # for fine-tuning; pretraining has none
         self.z_loss = 0.0  # for pretraining: weight of (log Z)^2 in the loss
+        self.fills_masks = True  # False where the decoder was never trained: replaced-token detection
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.final_norm = Norm(config.width, config.norm_bias)

@@ -43,6 +43,19 @@ ids = tokenizer.encode("The capital of France is [MASK].").ids
 vocabulary entry. The folder holds safetensors and JSON only.
 """
 
+DETECTED = """## Load it
+
+```python
+from transformers import AutoModel
+
+encoder = AutoModel.from_pretrained("path/to/this/folder")
+```
+
+It was pretrained by replaced-token detection (ELECTRA), so **it fills no masks**: no decoder was trained. The
+prediction head (`head.*`) is the one under the detector, which is not exported. `AutoModelForSequenceClassification`
+and `AutoModelForTokenClassification` load the folder for fine-tuning.
+"""
+
 NO_HEAD = """
 The model was trained without a prediction head. Here it has one that changes nothing, so masked-language-model logits
 are exact, while hidden states from `AutoModel` come before the weight of the final norm.
@@ -58,12 +71,18 @@ def card(record: Record, config: ModelConfig, difference: float, own_loader_reas
         difference: largest difference to transformers' logits, NaN when not compared.
         own_loader_reason: why stock transformers cannot load the folder, "" when it can.
     """
-    head = {"library_name": "cramfast" if own_loader_reason else "transformers", "pipeline_tag": "fill-mask"}
-    tags = ["bert", "masked-language-modeling", "cramfast"] + ([] if own_loader_reason else ["modernbert"])
+    detected = record.config.get("objective") == "rtd"
+    pipeline = "feature-extraction" if detected else "fill-mask"
+    head = {"library_name": "cramfast" if own_loader_reason else "transformers", "pipeline_tag": pipeline}
+    tags = ["bert", "replaced-token-detection" if detected else "masked-language-modeling", "cramfast"] + (
+        [] if own_loader_reason else ["modernbert"]
+    )
     front = (
         "".join(f"{key}: {value}\n" for key, value in head.items()) + "tags:\n" + "".join(f"- {tag}\n" for tag in tags)
     )
-    loading = OWN.format(reason=own_loader_reason) if own_loader_reason else STOCK
+    loading = OWN.format(reason=own_loader_reason) if own_loader_reason else DETECTED if detected else STOCK
+    if own_loader_reason and detected:
+        loading += "\nIt was pretrained by replaced-token detection: its `logits` are untrained, it fills no masks.\n"
     if not own_loader_reason and not config.head:
         loading += NO_HEAD
     figures = tiles(record) + [(key, str(record.run[key])) for key in ("device",) if key in record.run]
@@ -71,7 +90,8 @@ def card(record: Record, config: ModelConfig, difference: float, own_loader_reas
         f"---\n{front}---",
         f"# {record.name}",
         f"A BERT-class encoder ({config.layers} layers × {config.width}, sequences of up to {config.max_len} tokens), "
-        "pretrained from raw text by masked language modelling with cramfast." + _averaged(record.config),
+        f"pretrained from raw text by {'replaced-token detection' if detected else 'masked language modelling'} with "
+        "cramfast." + _averaged(record.config),
         "## Figures\n\n" + _table(figures) + _checked(difference, own_loader_reason),
         loading.strip(),
         "## Data\n\n" + (_table(manifest_rows(record.manifest)) or "The run noted nothing about its text."),

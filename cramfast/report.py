@@ -56,10 +56,13 @@ def tiles(record: Record) -> list[tuple[str, str]]:
     """The figures a reader looks for first, as (name, value); what the run does not know is left out."""
     first, last = record.heldout
     entropy = record.unigram_entropy
+    detection = record.last("heldout_detection_loss")
+    of = " of the generator" if record.config.get("objective") == "rtd" else ""
     candidates = [
-        ("held-out loss, nats per masked token", f"{loss(first)} → {loss(last)}", last),
+        (f"held-out loss{of}, nats per masked token", f"{loss(first)} → {loss(last)}", last),
         ("unigram entropy of the text, nats", loss(entropy), entropy),
-        ("held-out accuracy", f"{100 * record.last('heldout_accuracy'):.1f} %", record.last("heldout_accuracy")),
+        (f"held-out accuracy{of}", f"{100 * record.last('heldout_accuracy'):.1f} %", record.last("heldout_accuracy")),
+        ("held-out detection loss, nats per token", loss(detection), detection),
         ("tokens trained on", short(record.last("tokens")), record.last("tokens")),
         ("tokens/s, median", short(record.middle("tokens_per_s")), record.middle("tokens_per_s")),
         ("MFU, median", f"{100 * record.middle('mfu'):.1f} %", record.middle("mfu")),

@@ -82,6 +82,9 @@ def publish(run_dir: Path) -> None:
     record = read_record(run_dir)
     print_demo(run_dir)
     before, after = record.heldout
+    if record.config.get("objective") == "rtd":
+        detected = record.last("heldout_detection_loss")
+        print(f"\nheld-out detection loss {detected:.4f} nats per token; what follows is of the generator", end="")
     print(
         f"\nheld-out loss {before:.3f} -> {after:.3f} nats per masked token (unigram entropy "
         f"{record.unigram_entropy:.3f}), {record.middle('tokens_per_s'):,.0f} tokens/s, "
@@ -95,6 +98,9 @@ def publish(run_dir: Path) -> None:
 def print_demo(run_dir: Path) -> None:
     """Fill one mask in each of five held-out sentences."""
     model, _ = checkpoint.load_model(run_dir)
+    if not model.fills_masks:
+        print("\nno demonstration: a model trained by replaced-token detection fills no masks; fine-tune it")
+        return
     tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
     sentences = (run_dir / "heldout.txt").read_text(encoding="utf-8").splitlines()
     print("\nfill-mask on held-out sentences:\n")

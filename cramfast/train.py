@@ -16,8 +16,9 @@ from cramfast.allocator import keep_freed_memory
 from cramfast.budget import Budget, Progress, Replay, parse_budget, read_replay, resized
 from cramfast.commandline import Request, parse, print_config
 from cramfast.config import TrainConfig, config_hash, to_json
+from cramfast.electra import Discriminator
 from cramfast.errors import UserError, command
-from cramfast.feed import Feed, evaluate, heldout_batches, to_device, training_source
+from cramfast.feed import Feed, detection_loss, evaluate, heldout_batches, to_device, training_source
 from cramfast.interrupt import Interrupt
 from cramfast.kernels.linear import allow_half_accumulation
 from cramfast.ledger import Clock, Ledger, Step
@@ -60,19 +61,21 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
     lr_shape, fixed = schedule.SHAPES[config.schedule], {"model": to_json(config.model), "hash": config_hash(config)}
     pieces = round(config.microbatch_tokens / size)  # of a microbatch of the size that was asked for
 
-    def heldout_scores() -> tuple[float, float]:
+    def look() -> float:
         with optimizer.averaged():
-            return evaluate(model, heldout)
+            more = {"heldout_detection_loss": detection_loss(model, heldout)} if config.objective == "rtd" else {}
+            loss, accuracy = evaluate(model.generator if more else model, heldout)
+        return log.evaluation(progress, loss, accuracy, **more)
 
     evaluated = saved = progress.seconds
     with (
         MetricsLog(run_dir, progress.step) as log, Display() as display, Interrupt() as interrupt,
         Profile(config, model, run_dir) as profile,
-        Feed(source, config.model, device, (progress.epoch, progress.index)) as feed,
+        Feed(source, config.model, device, (progress.epoch, progress.index), config.objective) as feed,
     ):  # fmt: skip
         log.write({"run": run})
         if progress.step == 0:
-            display.heldout = log.evaluation(progress, *heldout_scores())
+            display.heldout = look()
         while (fraction := budget.fraction(ahead := ledger.ahead(progress))) < 1 and not interrupt.requested:
             profile.before(ahead.step + 1)
             ledger.begin()
@@ -101,7 +104,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
             spent = budget.fraction(progress)
             display.step(row, spent, progress.seconds * max(0.0, 1 / spent - 1))
             if progress.seconds - evaluated >= config.eval_interval:
-                display.heldout = log.evaluation(progress, *heldout_scores())
+                display.heldout = look()
                 evaluated = progress.seconds
             if progress.seconds - saved >= config.checkpoint_interval:
                 log.sync()
@@ -109,7 +112,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
                 saved = progress.seconds
         progress, _ = settle(ledger, progress, log, run, previous)
         if budget.fraction(progress) >= 1 and evaluated < progress.seconds:
-            log.evaluation(progress, *heldout_scores())
+            look()
         log.sync()
         checkpoint.save(run_dir, optimizer, {"progress": asdict(progress), **fixed})
     return budget.fraction(progress) >= 1
@@ -121,7 +124,7 @@ def start(config: TrainConfig, source: Source, clock: Clock) -> tuple[Encoder, A
     Compilers and caches do their first work in that step, outside the budget, and memory that is too small shows.
     """
     torch.manual_seed(config.seed)
-    model = Encoder(config.model).to(config.device)
+    model = (Discriminator if config.objective == "rtd" else Encoder)(config.model).to(config.device)
     model.z_loss = config.z_loss
     optimizer = OPTIMIZERS[config.optimizer](
         FlatParameters(model, getattr(torch, config.dtype)), beta1=config.beta1, beta2=config.beta2,

@@ -197,7 +197,7 @@ def test_faulty_weights_are_seen(run, tmp_path, monkeypatch, fault):
 )
 def test_faulty_config_is_seen(run, tmp_path, monkeypatch, fault):
     right = cramfast.export.hf_config
-    monkeypatch.setattr(cramfast.export, "hf_config", lambda config, ids: right(config, ids) | fault)
+    monkeypatch.setattr(cramfast.export, "hf_config", lambda config, ids, *rest: right(config, ids) | fault)
     with pytest.raises(UserError, match="export check: logits"):
         export(run, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -32,7 +32,8 @@ OPTIONS = {
     "Muon": {"optimizer": "muon"},
     "average": {"ema_decay": 0.9},
     "z-loss": {"z_loss": 1e-2},
-    "all at once": {"optimizer": "muon", "ema_decay": 0.9, "z_loss": 1e-2, "schedule": "cosine"},
+    "replaced tokens": {"objective": "rtd"},
+    "all at once": {"optimizer": "muon", "ema_decay": 0.9, "z_loss": 1e-2, "schedule": "cosine", "objective": "rtd"},
 }
 
 

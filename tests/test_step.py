@@ -12,6 +12,7 @@ from test_train import spoil
 
 from cramfast import checkpoint, feed, ledger, microbatch, optim, train
 from cramfast.budget import Budget, Progress, read_replay
+from cramfast.electra import Discriminator
 from cramfast.errors import UserError
 from cramfast.interrupt import Interrupt
 from cramfast.kernels import dispatch
@@ -40,9 +41,11 @@ def random_batch(device: str = "cpu"):
     )
 
 
-def model_and_optimizer(dtype=torch.float32, device="cpu", kind=AdamW, **changes) -> tuple[Encoder, AdamW]:
+def model_and_optimizer(
+    dtype=torch.float32, device="cpu", kind=AdamW, encoder=Encoder, **changes
+) -> tuple[Encoder, AdamW]:
     torch.manual_seed(0)
-    model = Encoder(small_config().model).to(device)
+    model = encoder(small_config().model).to(device)
     options = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.01, "max_norm": 0.5}
     return model, kind(FlatParameters(model, dtype), **(options | changes))
 
@@ -163,9 +166,9 @@ def test_the_clock_shares_out_the_time_and_leaves_out_what_it_is_told(monkeypatc
 # Nothing read in between
 
 
-def enqueue_steps(steps: int, batch, kind=AdamW) -> None:
+def enqueue_steps(steps: int, batch, kind=AdamW, encoder=Encoder) -> None:
     """What session() does between two log points, on tensors without values: reading one raises."""
-    model, optimizer = model_and_optimizer(torch.float16, "meta", kind, ema_decay=0.9)
+    model, optimizer = model_and_optimizer(torch.float16, "meta", kind, encoder, ema_decay=0.9)
     book = Ledger(Clock(torch.device("meta")))
     passes = Microbatch(model, optimizer, book.clock, lambda work: work)
     for _ in range(steps):
@@ -185,6 +188,7 @@ def test_a_step_reads_nothing_on_the_host(monkeypatch, kind):
     # Tensors without values stand for a GPU's here, where the kernels take float16 too.
     monkeypatch.setattr(dispatch, "_find", lambda op, device, *rest: dispatch._overrides[op, device])
     enqueue_steps(3, random_batch("meta"), kind)
+    enqueue_steps(3, random_batch("meta"), kind, Discriminator)
     monkeypatch.setitem(dispatch._overrides, ("attention", "meta"), "reference")
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # the test can fail
         enqueue_steps(1, random_batch("meta"), kind)

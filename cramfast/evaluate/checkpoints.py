@@ -141,6 +141,7 @@ def read_modernbert(folder: Path) -> tuple[Encoder, Tensor | None]:
         raise UserError(
             f"{path}: does not fit cramfast's encoder ({reason}) — biases in matrices are not known"
         ) from None
+    encoder.fills_masks = written.get("architectures") != ["ModernBertModel"]
     return encoder.eval(), bias
 
 

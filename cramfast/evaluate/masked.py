@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cramfast.errors import UserError
 from cramfast.evaluate.checkpoints import Checkpoint
 from cramfast.loader import Batch
 
@@ -35,7 +36,12 @@ def log_probabilities(model: Checkpoint, sequences: Sequence[Hidden]) -> tuple[n
 
     Both are one-dimensional, float64 and bool, as long as all `targets` together. Only the hidden positions go through
     the decoder.
+
+    Raises:
+        UserError: the model's decoder was never trained.
     """
+    if not model.encoder.fills_masks:
+        raise UserError(f"{model.folder}: trained by replaced-token detection, so it fills no masks — use glue or task")
     device = model.encoder.final_norm.weight.device
     bias_V = None if model.decoder_bias is None else model.decoder_bias.to(device)
     found, best = [], []
