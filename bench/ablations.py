@@ -46,7 +46,8 @@ def changed(**values) -> Callable[[TrainConfig], TrainConfig]:
     return lambda config: replace(config, **values)
 
 
-# name -> the option as a function from the default's config; the default comes first.
+# name -> the option as a function from the default's config; the default comes first. All train on the same prepared
+# text, so what an option says of curation counts for nothing here.
 OPTIONS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     DEFAULT: changed(),
     "crammed": crammed,

@@ -80,15 +80,17 @@ def crammed(size: TrainConfig) -> TrainConfig:
     """The paper's model and training, faithfully: Geiping and Goldstein, arXiv:2212.14034.
 
     Its batch is that of its one size; other sizes keep their own batch, and all of them their learning rate and budget.
+    Its filter is meant for 32,768 words: with fewer, the same text takes more tokens, so the limit is higher.
     """
+    curation = Curation(max_tokens_per_char=0.25 if size.model.vocab_size >= 32768 else 0.3)
     model = replace(
         size.model, max_len=128, norm_bias=True, norm_eps=1e-12, positions="sinusoidal", global_every=1,
         first_norm=True, head=False, init="normal",
     )  # fmt: skip
     return replace(
-        size, recipe="crammed", model=model, curation=Curation(max_tokens_per_char=0.25), order="sentences",
-        sequence_len=128, short_sequence_len=0, masking="bert", mask_fraction=0.25,
-        mask_fraction_end=0.25, batch_tokens=PAPER_BATCH if size.preset == "base" else size.batch_tokens,
+        size, recipe="crammed", model=model, curation=curation, order="sentences", objective="mlm",
+        sequence_len=128, short_sequence_len=0, masking="bert", mask_fraction=0.25, mask_fraction_end=0.25,
+        batch_tokens=PAPER_BATCH if size.preset == "base" else size.batch_tokens,
         ramp_fraction=0.6, schedule="triangle", optimizer="adamw", beta1=0.9, beta2=0.98, adam_eps=1e-12,
         weight_decay=0.01, max_norm=0.5, ema_decay=0.0, z_loss=0.0,
     )  # fmt: skip

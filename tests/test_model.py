@@ -243,7 +243,8 @@ def test_crammed_is_the_papers_recipe_at_every_size():
         plain, crammed = PRESETS[size]("cpu"), starting_config(size, "crammed", "cpu")
         assert dataclasses.replace(paper.model, **shape_of(plain.model)) == crammed.model
         kept = ("preset", "model", "budget", "lr", "microbatch_tokens", "batch_tokens", "eval_interval")
-        kept += ("checkpoint_interval", "heldout_tokens")
+        kept += ("checkpoint_interval", "heldout_tokens", "curation")
+        assert crammed.curation.max_tokens_per_char == 0.3 and paper.curation.max_tokens_per_char == 0.25
         assert dataclasses.replace(crammed, **{key: getattr(paper, key) for key in kept}) == paper
     assert starting_config("mini", "cramfast", "cpu") == starting_config("mini", None, "cpu") == PRESETS["mini"]("cpu")
     with pytest.raises(UserError, match="crammed_bert with recipe=cramfast"):
