@@ -6,7 +6,7 @@ The forward pass alone; backward is the same either way. Predictions from data s
   fused   statistics (x, r -> s), folded weight (W -> W'), our matmul (s, W' -> p, h)
 
 p are the pre-activations, which backward needs. A matmul takes the longer of its arithmetic and its traffic.
-docs/decisions/0010 holds the table and what decides the matter.
+docs/decisions/0012 holds the table and what decides the matter.
 """
 
 from dataclasses import dataclass

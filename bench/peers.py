@@ -111,7 +111,7 @@ def ours_by(implementation: str, case: Case, inputs) -> Work:
 
 def fused_forms(case: Case, inputs) -> dict[str, Work]:
     """layernorm_glu by each kernel that makes its forward pass alone and can run here. Their rows beside "ours", which
-    runs the parts, are the verdict on them (docs/decisions/0010)."""
+    runs the parts, are the verdict on them (docs/decisions/0012)."""
     place = (inputs["x"].device.type, inputs["x"].dtype)
     under_test = dispatch.choose(case.op, *place).implementation
     names = [n for n in FUSED if n != under_test and not dispatch.obstacle(case.op, n, *place)]

@@ -9,7 +9,7 @@
 // u sums the rounded W', so that what the mean contributed cancels exactly, up to float32 sums. Three launches: the
 // statistics (layernorm_fwd without y), the folded weight, and the matmul on tensor cores with float32 sums. Bound by
 // the tensor cores; next to a matmul and two passes it spares 2 bytes a value of s and 4 bytes a value of h (half
-// precision). docs/decisions/0010 has the reasons and what is expected of it. Never run on a GPU.
+// precision). docs/decisions/0012 has the reasons and what is expected of it. Never run on a GPU.
 #pragma once
 
 #include "device.h"

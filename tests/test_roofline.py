@@ -54,7 +54,7 @@ def test_work_grows_with_the_tokens_but_not_the_update():
 
 
 def test_the_decision_holds_the_predicted_rates_of_the_fused_matmul():
-    page = DOCS.parent / "decisions" / "0010-fused-feed-forward.md"
+    page = DOCS.parent / "decisions" / "0012-fused-feed-forward.md"
     assert fusion.markdown() in page.read_text(encoding="utf-8"), "run python -m bench.fusion and paste its table"
 
 
