@@ -1,7 +1,7 @@
 """Predicted beside measured: tokens/s and peak memory of whole training steps on the CPU, python -m bench.plan.
 
-Each preset has a process of its own, so that its peak memory is its own. Parts and whole steps are measured in turns, so
-that both see the same weather. The goal is an error of at most 15 %.
+Each preset has a process of its own, so that its peak memory is its own. Parts and whole steps are measured in turns,
+so that both see the same weather. The goal is an error of at most 15 %.
 """
 
 import json

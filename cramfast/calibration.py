@@ -74,7 +74,7 @@ def work(part: Part, device: str, dtype: torch.dtype) -> Work:
     return lambda: torch.autograd.grad(F.linear(x_ND, weight_ED), (x_ND, weight_ED), dy_NE)
 
 
-def measure(card: Card, parts: Iterable[Part], dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Efficiency]:
+def measure(card: Card, parts: Iterable[Part], dtype: torch.dtype, rounds: int | None = None) -> dict[str, Efficiency]:
     """Efficiency by name of every part but copies, which go at the bandwidth that is measured already.
 
     The parts run in turn, as in a step, so that each finds the caches as the others left them; medians over rounds.
@@ -88,5 +88,5 @@ def measure(card: Card, parts: Iterable[Part], dtype: torch.dtype, rounds: int =
         reduced = fewer_rows(part, PART_S / seconds, dtype)
         least[part.name] = bound(card, part.op, *cost(reduced.op, reduced.shape, dtype, device == "cuda")).seconds
         works[part.name] = work(reduced, device, dtype)
-    times, _ = interleaved(Stopwatch(device), works, rounds)
+    times, _ = interleaved(Stopwatch(device), works, rounds or ROUNDS)
     return {name: Efficiency(least[name] / statistics.median(times[name]), "measured now") for name in works}

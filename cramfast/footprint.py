@@ -15,28 +15,35 @@ def state_bytes(config: TrainConfig) -> int:
     return parameter_count(config.model) * (16 + copy)
 
 
-def activation_bytes(config: TrainConfig, tokens: int) -> int:
-    """What a microbatch holds at its fullest, in the backward pass of the last layer that has all rows.
+def kept_bytes(config: TrainConfig, tokens: int) -> int:
+    """What the forward pass of a microbatch keeps for the backward pass.
 
     A layer keeps its normalised input, the stream before and after attention (D each), q, k, v (3 D), the mixed values
     (D), the pre-activations (2 F) and what the gate makes of them (F). The last layer goes on with the masked rows
-    after its attention. The backward pass adds, at its most, the gradients of pre-activations and gate (3 F) and four
-    tensors of width D, or those of attention (6 D).
+    after its attention. The loss keeps the gradients of its rows and of the decoder.
     """
     model, M = config.model, masked_tokens(config, tokens)
     D, F = model.width, model.feedforward
     layer, attention = 7 * D + 3 * F, 6 * D
     head = (6 if model.head else 3) * D
-    working = max(3 * F + 4 * D, 6 * D)
-    rows = tokens * ((model.layers - 1) * layer + attention + working) + M * (2 * D + 3 * F + head)
+    rows = tokens * ((model.layers - 1) * layer + attention) + M * (2 * D + 3 * F + head)
     statistics = 4 * tokens * model.layers * (4 + model.heads)  # mean and 1 / deviation of two norms; log-sum-exp
-    decoder = model.vocab_size * D * element_size(config)  # its gradient waits for that of the embedding
-    return rows * element_size(config) + statistics + decoder + CHUNK_BYTES
+    return (rows + model.vocab_size * D) * element_size(config) + statistics
+
+
+def working_bytes(config: TrainConfig, tokens: int) -> int:
+    """What comes and goes in the pass: gradients of one layer at most, and the logits of one chunk.
+
+    A feed-forward block's backward pass makes the gradients of pre-activations and gate (3 F) and four tensors of width
+    D; that of attention six.
+    """
+    D, F = config.model.width, config.model.feedforward
+    return tokens * max(3 * F + 4 * D, 6 * D) * element_size(config) + CHUNK_BYTES
 
 
 def training_bytes(config: TrainConfig, tokens: int, baseline: int) -> int:
     """Peak memory of training with microbatches of `tokens`; `baseline` is what is taken before a model is there."""
-    return baseline + state_bytes(config) + activation_bytes(config, tokens)
+    return baseline + state_bytes(config) + kept_bytes(config, tokens) + working_bytes(config, tokens)
 
 
 def largest_microbatch(config: TrainConfig, memory_bytes: int, baseline: int) -> int:

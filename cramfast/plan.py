@@ -1,7 +1,7 @@
 """What a budget buys on a card, before it is spent: python -m cramfast.plan --budget 24h [--gpu "RTX 2080 Ti"].
 
-Takes every flag of cramfast.train. Without --gpu the machine at hand is measured; a card is predicted from its data sheet
-and from measurements where there are any.
+Takes every flag of cramfast.train. Without --gpu the machine at hand is measured; a card is predicted from its data
+sheet and from measurements where there are any.
 """
 
 import argparse
@@ -120,33 +120,56 @@ def make_plan(arguments: Arguments) -> Plan:
     return Plan(forecast(config, card, tokens, efficiencies), card, budget, baseline, law, compared)
 
 
+def limit(plan: Plan) -> tuple[Line, float]:
+    """The part that takes the most time over the whole run, and its share."""
+    tokens, seconds, steps = plan.forecast.run(plan.budget)
+    spent = [(line, line.seconds * tokens / plan.forecast.tokens) for line in plan.forecast.microbatch]
+    spent += [(line, line.seconds * steps) for line in plan.forecast.update]
+    line, most = max(spent, key=lambda pair: pair[1])
+    return line, most / seconds
+
+
+def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """(what, figure, how it is known) of memory and microbatch."""
+    made, card, usable = plan.forecast, plan.card, USABLE_MEMORY * plan.card.memory_bytes
+    needed = footprint.training_bytes(made.config, made.tokens, plan.baseline)
+    largest = footprint.largest_microbatch(made.config, usable, plan.baseline)
+    verdict = f"counted; microbatches of {made.tokens:,}" if needed <= usable else "counted; does not fit"
+    return [
+        ("memory", f"{needed / 1e9:.2f} of {card.memory_bytes / 1e9:.1f} GB", verdict),
+        ("largest microbatch", f"{largest:,} tokens" if largest else "none", f"in {USABLE_MEMORY:.0%} of the memory"),
+    ]
+
+
 def summary(plan: Plan) -> list[tuple[str, str, str]]:
     """(what, figure, how it is known) of the whole run."""
     made, card, config = plan.forecast, plan.card, plan.forecast.config
     tokens, seconds, steps = made.run(plan.budget)
-    lines = made.microbatch + made.update
-    unmeasured = [line for line in lines if line.part.op != "copy" and not line.efficiency.source]
-    most = "at most " if unmeasured else ""
-    rate, peak = tokens / seconds, card.tensor_flops
+    unmeasured = sum(line.part.op != "copy" and not line.efficiency.source for line in made.microbatch + made.update)
+    timed = plan.budget.unit == "seconds"
+    most, most_tokens = "at most " * (unmeasured > 0), "at most " * (unmeasured > 0 and timed)
+    least_time = "at least " * (unmeasured > 0 and not timed)
+    rate, peak, flops = tokens / seconds, card.tensor_flops, short(tokens * made.flops_per_token, "FLOP")
+    time = f"in {least_time}{span(seconds)}, {steps:,.0f} steps, {flops}"
     parameters = parameter_count(config.model)
-    memory = footprint.training_bytes(config, made.tokens, plan.baseline)
-    largest = footprint.largest_microbatch(config, USABLE_MEMORY * card.memory_bytes, plan.baseline)
-    limit = max(lines, key=lambda line: line.seconds)
-    share = limit.seconds / sum(line.seconds for line in lines)
-    known = "parts measured on this machine" if not unmeasured else f"roofline: {len(unmeasured)} parts unmeasured"
+    basis = f"the roofline, {unmeasured} parts unmeasured" if unmeasured else "all parts measured"
     loss = f"{plan.law.loss(parameters, tokens):.3f}" if plan.law else "no fit"
+    line, share = limit(plan)
     return [
         ("card", card.name, card.source),
         ("peaks", f"{peak / 1e12:,.3g} TFLOP/s, {card.bandwidth / 1e9:,.0f} GB/s", f"{config.dtype} matmul; memory"),
         ("model", f"{config.preset}, {short(parameters)} parameters", f"sequences of up to {config.sequence_len}"),
-        ("tokens/s", f"{most}{rate:,.0f}", known),
-        ("tokens", f"{most}{short(tokens)}", f"in {span(seconds)}, {steps:,.0f} steps, {short(tokens * made.flops_per_token)} FLOP"),
+        ("tokens/s", f"{most}{rate:,.0f}", basis),
+        (
+            "tokens",
+            f"{most_tokens}{short(tokens)}",
+            f"in {least_time}{span(seconds)}, {steps:,.0f} steps, {flops} FLOP",
+        ),
         ("MFU", f"{most}{rate * made.flops_per_token / peak:.0%}", "of the matmul peak above"),
-        ("memory", f"{memory / 1e9:.2f} of {card.memory_bytes / 1e9:.1f} GB", f"microbatches of {made.tokens:,} tokens"),
-        ("largest microbatch", f"{largest:,} tokens", f"in {USABLE_MEMORY:.0%} of the memory"),
-        ("expected loss", loss, "nats per masked token; the fit's own text and recipe" if plan.law else "--fit FILE"),
-        ("limit", limit.part.name, f"{share:.0%} of the time, bound by {limit.bound_by}"),
-    ]  # fmt: skip
+        *memory_rows(plan),
+        ("expected loss", loss, "nats per masked token, for the fit's text" if plan.law else "--fit FILE gives one"),
+        ("limit", line.part.name, f"{share:.0%} of the time, bound by {line.bound_by}"),
+    ]
 
 
 def show(plan: Plan) -> None:
@@ -170,9 +193,8 @@ def show(plan: Plan) -> None:
         total = sum(line.seconds for line in lines)
         table.add_row(title, f"{1e3 * total:,.2f} ms", "")
         for line in lines:
-            table.add_row(
-                f"  {line.part.name}", f"{1e3 * line.seconds:,.2f} ms, {line.seconds / total:.0%}", known(line)
-            )
+            figures = f"{1e3 * line.seconds:,.2f} ms, {line.seconds / total:.0%}"
+            table.add_row(f"  {line.part.name}", figures, known(line))
     Console(width=118).print(table)
 
 
