@@ -150,7 +150,7 @@ def summary(plan: Plan) -> list[tuple[str, str, str]]:
     most, most_tokens = "at most " * (unmeasured > 0), "at most " * (unmeasured > 0 and timed)
     least_time = "at least " * (unmeasured > 0 and not timed)
     rate, peak, flops = tokens / seconds, card.tensor_flops, short(tokens * made.flops_per_token, "FLOP")
-    time = f"in {least_time}{span(seconds)}, {steps:,.0f} steps, {flops}"
+    spent = f"in {least_time}{span(seconds)}, {steps:,.0f} steps, {flops}"
     parameters = parameter_count(config.model)
     basis = f"the roofline, {unmeasured} parts unmeasured" if unmeasured else "all parts measured"
     loss = f"{plan.law.loss(parameters, tokens):.3f}" if plan.law else "no fit"
@@ -160,11 +160,7 @@ def summary(plan: Plan) -> list[tuple[str, str, str]]:
         ("peaks", f"{peak / 1e12:,.3g} TFLOP/s, {card.bandwidth / 1e9:,.0f} GB/s", f"{config.dtype} matmul; memory"),
         ("model", f"{config.preset}, {short(parameters)} parameters", f"sequences of up to {config.sequence_len}"),
         ("tokens/s", f"{most}{rate:,.0f}", basis),
-        (
-            "tokens",
-            f"{most_tokens}{short(tokens)}",
-            f"in {least_time}{span(seconds)}, {steps:,.0f} steps, {flops} FLOP",
-        ),
+        ("tokens", f"{most_tokens}{short(tokens)}", spent),
         ("MFU", f"{most}{rate * made.flops_per_token / peak:.0%}", "of the matmul peak above"),
         *memory_rows(plan),
         ("expected loss", loss, "nats per masked token, for the fit's text" if plan.law else "--fit FILE gives one"),

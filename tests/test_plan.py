@@ -199,7 +199,7 @@ def test_the_law(tmp_path):
 def test_what_is_no_law(tmp_path, text):
     path = tmp_path / "fit.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="fit.json"):
+    with pytest.raises(UserError, match="--fit"):
         read_law(path)
     with pytest.raises(UserError, match="unreadable"):
         read_law(tmp_path / "missing.json")

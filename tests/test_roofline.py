@@ -67,7 +67,7 @@ def test_only_a_gpu_walks_over_tiles_and_only_beyond_128():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_parts_are_the_model(preset):
-    """Their products of matrices add up to what flops_per_token counts, which tests/test_model.py holds to the model."""
+    """Their products of matrices add up to what flops_per_token counts, which test_model.py holds to the paper."""
     config, tokens = resolve(PRESETS[preset]("cpu")), 20000
     counted = 0
     for part in microbatch_parts(config, tokens):
