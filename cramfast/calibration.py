@@ -19,6 +19,7 @@ from cramfast.stopwatch import Stopwatch, Work, interleaved
 
 PART_S = 0.2  # least time of one pass at a reduced shape, at the machine's peak
 ROUNDS = 5
+MOST_PARAMETERS = 1 << 24  # updated in a pass; far beyond any cache, a fraction of a gigabyte
 LEAST_ROWS = 512  # fewer would not fill the blocks of a matmul
 
 
@@ -85,7 +86,8 @@ def measure(card: Card, parts: Iterable[Part], dtype: torch.dtype, rounds: int |
         if part.op == "copy":
             continue
         seconds = bound(card, part.op, *cost(part.op, part.shape, dtype, device == "cuda")).seconds
-        reduced = fewer_rows(part, PART_S / seconds, dtype)
+        most = MOST_PARAMETERS / part.shape["P"] if part.op == "adamw" else math.inf
+        reduced = fewer_rows(part, min(PART_S / seconds, most), dtype)
         least[part.name] = bound(card, part.op, *cost(reduced.op, reduced.shape, dtype, device == "cuda")).seconds
         works[part.name] = work(reduced, device, dtype)
     times, _ = interleaved(Stopwatch(device), works, rounds or ROUNDS)
