@@ -71,18 +71,22 @@ def measure(preset: str, tokens: int, options: Options, pipe) -> None:
 
     step()
     peak = footprint.resident_bytes()  # before the calibration takes memory of its own
-    parts, predicted, measured = microbatch_parts(config, tokens) + update_parts(config), [], []
-    dtype = getattr(torch, config.dtype)
+    parts, dtype = microbatch_parts(config, tokens) + update_parts(config), getattr(torch, config.dtype)
+    predicted, measured = [], []
+
+    def rate() -> float:
+        return tokens / statistics.median(step() for _ in range(options.steps))
+
     for _ in range(options.rounds):
-        measured.append(tokens / statistics.median(step() for _ in range(options.steps)))
+        before = rate()
         card = calibration.machine_at_hand("cpu", dtype)
         made = forecast(config, card, tokens, calibration.measure(card, parts, dtype, rounds=options.steps))
         predicted.append(made.tokens_per_s(1))
-        measured.append(tokens / statistics.median(step() for _ in range(options.steps)))
+        measured.append((before + rate()) / 2)
     pipe.send({
         "preset": preset, "microbatch_tokens": tokens, "dtype": config.dtype,
         "predicted_tokens_per_s": predicted, "measured_tokens_per_s": measured,
-        "error": statistics.median(predicted) / statistics.median(measured) - 1,
+        "error": statistics.median(p / m for p, m in zip(predicted, measured, strict=True)) - 1,
         "predicted_bytes": footprint.training_bytes(config, tokens, baseline), "measured_bytes": peak,
         "baseline_bytes": baseline,
         "parts_ms": {line.part.name: 1e3 * line.seconds for line in made.microbatch + made.update},
