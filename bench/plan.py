@@ -23,7 +23,7 @@ from cramfast.loader import Batch
 from cramfast.microbatch import Microbatch
 from cramfast.model import Encoder
 from cramfast.optim import AdamW, FlatParameters
-from cramfast.recipes import recipe, resolve
+from cramfast.recipes import resolve, starting_config
 from cramfast.roofline import microbatch_parts, update_parts
 
 GOAL = 0.15
@@ -56,7 +56,7 @@ def random_batch(config, tokens: int) -> Batch:
 def measure(preset: str, tokens: int, options: Options, pipe) -> None:
     """Send one row: prediction and measurement of a preset."""
     keep_freed_memory()
-    config = resolve(replace(recipe(preset, "cpu"), device="cpu", microbatch_tokens=tokens))
+    config = resolve(replace(starting_config(preset, None, "cpu"), device="cpu", microbatch_tokens=tokens))
     baseline = footprint.resident_bytes()
     model = Encoder(config.model)
     flat = FlatParameters(model, getattr(torch, config.dtype))

@@ -10,9 +10,10 @@ CONTEXT_BYTES = 512 << 20  # of a GPU, for driver, kernels and libraries; assume
 
 
 def state_bytes(config: TrainConfig) -> int:
-    """What stays from step to step: master weights, gradient and two moments in float32, and a half-precision copy."""
+    """What stays from step to step: master weights, gradient and two moments in float32, a half-precision copy, and a
+    moving average where there is one."""
     copy = 0 if config.dtype == "float32" else element_size(config)
-    return parameter_count(config.model) * (16 + copy)
+    return parameter_count(config.model) * (16 + copy + (4 if config.ema_decay else 0))
 
 
 def kept_bytes(config: TrainConfig, tokens: int) -> int:

@@ -20,7 +20,7 @@ from cramfast.config import TrainConfig, require
 from cramfast.errors import command
 from cramfast.forecast import Forecast, Line, ScalingLaw, forecast, read_law
 from cramfast.measurements import Comparison
-from cramfast.recipes import choose_device, recipe, resolve
+from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.record import short, span
 from cramfast.roofline import Card, find_card, microbatch_parts, parameter_count, update_parts
 
@@ -64,11 +64,11 @@ def parse(args: list[str] | None = None) -> Arguments:
         UserError: a value that cannot work, or a card that is not in the table.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--preset", "--device", "--gpu"):
+    for flag in ("--preset", "--recipe", "--device", "--gpu"):
         early.add_argument(flag)
     first, _ = early.parse_known_args(args)
     asked = first.device if first.device in ("cpu", "cuda") else "auto"
-    default = recipe(first.preset, "cuda" if first.gpu else choose_device(asked))
+    default = starting_config(first.preset, first.recipe, "cuda" if first.gpu else choose_device(asked))
     arguments = tyro.cli(
         tyro.conf.configure(tyro.conf.FlagConversionOff)(Arguments),
         args=args,
@@ -76,6 +76,7 @@ def parse(args: list[str] | None = None) -> Arguments:
         prog="python -m cramfast.plan",
     )
     config = arguments.config
+    require(config.optimizer != "muon", "a plan for --optimizer muon", "leave it out: its own products are not counted")
     if arguments.gpu is None:
         return replace(arguments, config=resolve(config))
     card = find_card(arguments.gpu)

@@ -167,12 +167,13 @@ def microbatch_parts(config: TrainConfig, tokens: int) -> list[Part]:
 
 
 def update_parts(config: TrainConfig) -> list[Part]:
-    """What one update takes: AdamW, and the gradient set to zero."""
+    """What one update takes: AdamW, the gradient set to zero, and the moving average where there is one."""
     parameters = parameter_count(config.model)
-    return [
+    parts = [
         Part("AdamW", "adamw", {"P": parameters}),
         Part("zero gradient", "copy", {"bytes": 4 * parameters}),
     ]
+    return parts + [Part("moving average", "copy", {"bytes": 12 * parameters})] * (config.ema_decay > 0)
 
 
 def element_size(config: TrainConfig) -> int:

@@ -15,7 +15,7 @@ from cramfast.errors import UserError
 from cramfast.forecast import forecast, read_law
 from cramfast.model import Encoder
 from cramfast.optim import FlatParameters
-from cramfast.recipes import recipe, resolve
+from cramfast.recipes import resolve, starting_config
 from cramfast.roofline import Card, Part, find_card, microbatch_parts, update_parts
 from cramfast.schedule import microbatches
 
@@ -25,7 +25,7 @@ LAW = {"E": 1.5, "A": 400.0, "alpha": 0.3, "B": 900.0, "beta": 0.25}
 
 @pytest.fixture
 def config():
-    return resolve(replace(recipe("mini", "cpu"), device="cpu", dtype="float32"))
+    return resolve(replace(starting_config("mini", None, "cpu"), device="cpu", dtype="float32"))
 
 
 def test_time_is_the_bound_over_the_efficiency(config):
@@ -71,7 +71,7 @@ def test_halved_microbatches_keep_the_batch(config):
 @pytest.mark.parametrize("preset", ["tiny", "mini", "crammed_bert"])
 def test_what_the_forward_pass_keeps(preset):
     """Against the storages that autograd really holds, parameters left out."""
-    config = replace(recipe(preset, "cpu"), dtype="float32")
+    config = replace(starting_config(preset, None, "cpu"), dtype="float32")
     config = replace(config, model=replace(config.model, layers=min(4, config.model.layers)))
     model, batch = Encoder(config.model), random_batch(config, 512)
     FlatParameters(model)
@@ -91,7 +91,9 @@ def test_what_the_forward_pass_keeps(preset):
 def test_what_stays_between_steps(config):
     flat = FlatParameters(Encoder(config.model), torch.bfloat16)
     stays = sum(t.nbytes for t in (flat.master, flat.grad, flat.master, flat.master, flat.half))
-    assert footprint.state_bytes(replace(config, dtype="bfloat16")) == pytest.approx(stays, rel=1e-3)
+    half = replace(config, dtype="bfloat16")
+    assert footprint.state_bytes(half) == pytest.approx(stays, rel=1e-3)
+    assert footprint.state_bytes(replace(half, ema_decay=0.999)) == pytest.approx(stays + flat.master.nbytes, rel=1e-3)
 
 
 def test_the_largest_microbatch_fits_and_one_sequence_more_does_not(config):
@@ -205,6 +207,8 @@ def test_what_is_no_law(tmp_path, text):
 def test_precision_follows_the_card():
     assert plan.parse(["--gpu", "T4"]).config.dtype == "float16"
     assert plan.parse(["--gpu", "A6000"]).config.dtype == "bfloat16"
+    with pytest.raises(UserError, match="muon"):
+        plan.parse(["--gpu", "T4", "--optimizer", "muon"])
     with pytest.raises(UserError, match="use --dtype float16"):
         plan.parse(["--gpu", "T4", "--dtype", "bfloat16"])
 
