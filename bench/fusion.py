@@ -11,12 +11,12 @@ docs/decisions/0012 holds the table and what decides the matter.
 
 from dataclasses import dataclass
 
-from bench.roofline import CARDS, Card
 from cramfast.recipes import base, mini, small
+from cramfast.roofline import Card, find_card
 
 # Of the data sheet's peaks: what a library's matmul and a memory-bound kernel are taken to reach.
 LIBRARY_SHARE, BANDWIDTH_SHARE = 0.80, 0.85
-PLACES = (*CARDS[:2], Card("H100", 3.35e12, 989e12, 67e12))  # SXM, without sparsity
+PLACES = tuple(find_card(name) for name in ("RTX 2080 Ti", "RTX A6000", "H100"))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import importlib.util
 
 import torch
 
-from bench.timing import Work
+from cramfast.stopwatch import Work
 
 
 def _leaf(tensor):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from bench.timing import Stopwatch
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch, extension
+from cramfast.metrics import measure_copy_bandwidth
+from cramfast.runfolder import cpu_name
+from cramfast.stopwatch import Stopwatch
 
-CPU_COPY_BYTES, CUDA_COPY_BYTES = 256 << 20, 1 << 30  # far beyond any cache
 CPU_MATMULS = ((4096, 768, 3072), (2048, 2048, 2048), (8192, 512, 512))
 CUDA_MATMULS = ((8192, 8192, 8192), (65536, 768, 3072), (16384, 4096, 4096))
 CLOCKS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"  # nvidia-smi --help-query-gpu
@@ -44,11 +45,8 @@ def take_kernels(implementation: str) -> dict[str, str]:
 
 @functools.cache
 def copy_bytes_per_s(device: str = "cpu") -> float:
-    """Bytes read plus bytes written a second by torch's copy of a buffer far beyond any cache."""
-    size = CPU_COPY_BYTES if device == "cpu" else CUDA_COPY_BYTES
-    source = torch.randn(size // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / statistics.median(Stopwatch(device).seconds(lambda: target.copy_(source), 7))
+    """Bytes read plus bytes written a second by a copy, measured once in a process."""
+    return measure_copy_bandwidth(device)
 
 
 @functools.cache
@@ -60,16 +58,6 @@ def matmul_flops(dtype: torch.dtype, device: str = "cpu") -> float:
         times = watch.seconds(lambda a=a, b=b: a @ b, 5 if device == "cpu" else 10)
         rates.append(2 * n * k * m / statistics.median(times))
     return max(rates)
-
-
-def processor() -> str:
-    """The processor's name as the system states it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str:
@@ -103,7 +91,7 @@ def _gpu() -> dict[str, object]:
 def description(device: str = "cpu") -> dict[str, object]:
     """Device, threads, instruction set, versions and commit: what every number needs beside it."""
     return {
-        "device": processor(),
+        "device": cpu_name(),
         "threads": torch.get_num_threads(),
         "isa": extension.cpu_isa,
         "torch": torch.__version__,

@@ -9,33 +9,10 @@ from test_ops import assert_reproduces_reference
 import cramfast.kernels
 from bench.attention_peers import attention_peers
 from bench.liger_peers import liger_peers
-from bench.timing import Work
 from cramfast.kernels import dispatch, reference
-from cramfast.kernels.cases import Case
+from cramfast.kernels.cases import Case, training_pass
 from cramfast.kernels.layernorm_glu import FUSED
-
-
-def forward_backward(case: Case, operators, inputs, compiled=False) -> Work:
-    """Forward and backward of the case with the operators of a module, optionally compiled."""
-    leaves = {n: inputs[n].detach().clone().requires_grad_() for n in case.gradients if inputs.get(n) is not None}
-    arguments = {**inputs, **leaves}
-
-    def forward():
-        return case.run(operators, arguments)
-
-    run = torch.compile(forward, dynamic=False) if compiled else forward
-    cotangents = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in forward()]
-
-    def work():
-        return torch.autograd.grad(run(), list(leaves.values()), cotangents)
-
-    return work
-
-
-def adamw_ours(inputs) -> Work:
-    """One update in place; the gradient stays the same, which changes no timing."""
-    buffers = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    return lambda: cramfast.kernels.adamw(**buffers, beta1=0.9, beta2=0.98, eps=1e-8)
+from cramfast.stopwatch import Work
 
 
 def adamw_torch(inputs) -> Work:
@@ -100,7 +77,7 @@ def ours_by(implementation: str, case: Case, inputs) -> Work:
                 assert_reproduces_reference(device, case, shape, dtype)
             except AssertionError as error:
                 raise RuntimeError(f"no number for an operator that is wrong: {dict(shape)}: {error}") from error
-        return forward_backward(case, cramfast.kernels, inputs)
+        return training_pass(case, cramfast.kernels, inputs)
 
     def work():
         with dispatch.using(case.op, implementation, device=device):
@@ -118,26 +95,17 @@ def fused_forms(case: Case, inputs) -> dict[str, Work]:
     return {f"ours, {name}": ours_by(name, case, inputs) for name in names}
 
 
-def on_device(value, device: str):
-    """Inputs of a Case, or a part of them, on a device."""
-    if isinstance(value, dict):
-        return {key: on_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(on_device(item, device) for item in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
 def peers(case: Case, inputs) -> dict[str, Work]:
     """Name -> work, ours first; each does the job of one training step."""
     on_gpu = next(v for v in inputs.values() if isinstance(v, torch.Tensor)).device.type == "cuda"
     if case.op == "adamw":
-        found = {"ours": adamw_ours(inputs), "torch fused + clip": adamw_torch(inputs)}
+        found = {"ours": training_pass(case, cramfast.kernels, inputs), "torch fused + clip": adamw_torch(inputs)}
         return found | ({"torch.compile": adamw_compiled(inputs)} if on_gpu else {})
-    found = {"ours": forward_backward(case, cramfast.kernels, inputs)}
+    found = {"ours": training_pass(case, cramfast.kernels, inputs)}
     if case.op == "attention":
         return found | attention_peers(inputs)
-    found["eager"] = forward_backward(case, reference, inputs)
-    found["torch.compile"] = forward_backward(case, reference, inputs, compiled=True)
+    found["eager"] = training_pass(case, reference, inputs)
+    found["torch.compile"] = training_pass(case, reference, inputs, compiled=True)
     if case.op == "layernorm_glu" and on_gpu:
         found |= fused_forms(case, inputs)
     if case.op == "cross_entropy":

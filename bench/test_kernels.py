@@ -10,11 +10,11 @@ import torch
 from test_ops import assert_reproduces_reference
 
 from bench import goals, machine
-from bench.peers import on_device, peers
-from bench.timing import Stopwatch, interleaved
+from bench.peers import peers
 from cramfast.kernels import dispatch
-from cramfast.kernels.cases import CASES
+from cramfast.kernels.cases import CASES, on_device
 from cramfast.recipes import cpu_multiplies_bfloat16
+from cramfast.stopwatch import Stopwatch, interleaved
 
 ROUNDS = 15
 PEER_FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, ImportError)  # out of memory is a RuntimeError

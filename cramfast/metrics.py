@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ import torch
 
 from cramfast.budget import Progress
 from cramfast.errors import UserError
+from cramfast.stopwatch import Stopwatch
 
 # Large enough to hide launch and packing, small enough for a fraction of a second.
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # far beyond any cache
 PLAIN_INTERVAL_S = 10.0  # between lines where no terminal can redraw one
 
 
@@ -33,6 +36,14 @@ def measure_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def measure_copy_bandwidth(device: str) -> float:
+    """Bytes read plus bytes written a second by torch's copy of a buffer far beyond any cache, median of seven."""
+    size = COPY_BYTES[device]
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / statistics.median(Stopwatch(device).seconds(lambda: target.copy_(source), 7))
 
 
 def synchronize(device: torch.device) -> None:

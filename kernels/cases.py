@@ -178,6 +178,36 @@ def _attention_flops(lengths, H, K, dtype, window=None, **_):
     return 7 * 2 * pairs * K * H
 
 
+def on_device(value, device: str):
+    """Inputs of a Case, or a part of them, on a device."""
+    if isinstance(value, dict):
+        return {key: on_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(on_device(item, device) for item in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def training_pass(case: Case, operators, inputs: Inputs, compiled: bool = False) -> Callable[[], object]:
+    """Work that a benchmark repeats: forward and backward with a module's operators, optionally compiled; or one
+    update in place (the gradient stays the same, which changes no timing)."""
+    if not case.gradients:
+        buffers = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return lambda: operators.adamw(**buffers, beta1=0.9, beta2=0.98, eps=1e-8)
+    leaves = {n: inputs[n].detach().clone().requires_grad_() for n in case.gradients if inputs.get(n) is not None}
+    arguments = {**inputs, **leaves}
+
+    def forward():
+        return case.run(operators, arguments)
+
+    run = torch.compile(forward, dynamic=False) if compiled else forward
+    cotangents = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in forward()]
+
+    def work():
+        return torch.autograd.grad(run(), list(leaves.values()), cotangents)
+
+    return work
+
+
 CASES = (
     Case(
         op="layernorm",

@@ -62,11 +62,12 @@ def pytest_configure():
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.get_device_properties = lambda *_: PROPERTIES
     torch.cuda.Event = Event
-    from bench import goals, machine, timing
+    from bench import goals, machine
+    from cramfast import metrics, stopwatch
 
     goals.SHAPES = SHAPES
-    machine.CUDA_MATMULS, machine.CUDA_COPY_BYTES = ((32, 32, 32),), 1 << 20
-    timing.COLD_BYTES, timing.HEAD_START_S = 1 << 16, 1e-6
+    machine.CUDA_MATMULS, metrics.COPY_BYTES = ((32, 32, 32),), {"cuda": 1 << 20}
+    stopwatch.COLD_BYTES, stopwatch.HEAD_START_S = 1 << 16, 1e-6
     machine.take_kernels = lambda implementation: {}
     redirected.__enter__()
     if os.environ.get("PRETENDED_FAULT"):

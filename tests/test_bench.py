@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from bench import attention_peers, goals, peers, test_kernels
-from bench.timing import COLD_BYTES, HEAD_START_S, Stopwatch, interleaved
-from cramfast.kernels.cases import CASES
+from cramfast.kernels.cases import CASES, on_device
+from cramfast.stopwatch import COLD_BYTES, HEAD_START_S, Stopwatch, interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITE_S = 0.7e-3
@@ -85,7 +85,7 @@ def test_works_take_turns_within_each_round():
 
 def _meta_inputs(op, **shape):
     case = next(case for case in CASES if case.op == op)
-    return peers.on_device(case.make(**shape, seed=0), "meta")
+    return on_device(case.make(**shape, seed=0), "meta")
 
 
 @pytest.mark.parametrize("attend", [attention_peers.EfficientAttention.apply, attention_peers.flash_attention])

@@ -1,12 +1,18 @@
 """The predictions in docs/profiling.md: what the command prints, and what can be worked out by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import fusion
 from bench.roofline import CARDS, bound, markdown
+from cramfast.errors import UserError
 from cramfast.kernels.cases import CASES
+from cramfast.model import flops_per_token
+from cramfast.recipes import PRESETS, resolve
+from cramfast.roofline import Card, cost, find_card, microbatch_parts, parameter_count, update_parts
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "profiling.md"
 
@@ -32,8 +38,10 @@ def test_rows_by_hand():
         f"{moved / 1e6:.0f}", "0.3", "1.2", f"{moved / 616e3:.0f}", "memory", f"{moved / 768e3:.0f}", "memory",
         f"{moved / 4.8e6:.0f}", "memory",
     ]  # fmt: skip
-    flops = 7 * 2 * 32 * 512**2 * 64 * 12  # two products forward, five backward
+    flops = 9 * 2 * 32 * 512**2 * 64 * 12  # two products forward, seven backward
     long = rows["attention", "32 sequences of 512, 12 heads"]
+    # q, k, v -> out; q, k, v, out, dout -> dq; q, k, v, dout -> dk, dv
+    assert long[0] == f"{(4 + 6 + 6) * 32 * 512 * 768 * 2 / 1e6:,.0f}"
     expected = [(f"{flops / rate:,.0f}", "tensor cores") for rate in (53.8e6, 154.8e6, 989e6)]
     assert long[3:] == [cell for pair in expected for cell in pair]
 
@@ -44,6 +52,54 @@ def test_the_slower_of_the_two_bounds(card):
     later = bound(card, "glu", card.bandwidth, 2 * card.plain_flops)
     assert (later.seconds, later.by) == (2.0, "float32 units")
     assert bound(card, "attention", card.bandwidth, 2 * card.tensor_flops).by == "tensor cores"
+
+
+def test_a_cpu_has_one_rate():
+    cpu = Card("cpu", 1e10, 1e11, 1e11, 1 << 30, None, "here")
+    assert bound(cpu, "glu", 0, 1e11).by == bound(cpu, "attention", 0, 1e11).by == "arithmetic"
+
+
+def test_only_a_gpu_walks_over_tiles_and_only_beyond_128():
+    heads = {"H": 2, "K": 64}
+    for lengths, on_gpu, products in (((512,), True, 9), ((512,), False, 7), ((128,), True, 7), ((129, 7), True, 9)):
+        _, flops = cost("attention", {"lengths": lengths, **heads}, torch.float16, on_gpu)
+        assert flops == products * 2 * sum(n * n for n in lengths) * 64 * 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_parts_are_the_model(preset):
+    """Their products of matrices add up to what flops_per_token counts, which test_model.py holds to the paper."""
+    config, tokens = resolve(PRESETS[preset]("cpu")), 20000
+    counted = 0
+    for part in microbatch_parts(config, tokens):
+        if part.op in ("linear", "layernorm_glu", "cross_entropy"):
+            counted += part.count * cost(part.op, part.shape, torch.float32, False)[1]
+    expected = tokens * flops_per_token(config.model, config.mask_fraction, mean_len=0.0)
+    assert counted == pytest.approx(expected, rel=1e-9)
+
+
+def test_parts_of_a_model_with_local_layers():
+    config = PRESETS["base"]("cpu")
+    config = replace(config, dtype="float32", model=replace(config.model, global_every=3, first_norm=True))
+    parts = {part.name: part for part in microbatch_parts(config, 1024)}
+    assert (parts["attention"].count, parts["local attention"].count) == (6, 10)  # layers 0, 3, ... 15
+    assert parts["local attention"].shape["window"] == 64 and "window" not in parts["attention"].shape
+    assert parts["norms"].count == 17 and parts["norm, matrix, gate"].count == 15
+    assert update_parts(config)[0].shape == {"P": parameter_count(config.model)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"), [("2080 ti", "RTX 2080 Ti"), ("NVIDIA GeForce RTX 2080 Ti", "RTX 2080 Ti"), ("h200", "H200")]
+)
+def test_a_card_by_its_names(asked, name):
+    assert find_card(asked).name == name
+
+
+@pytest.mark.parametrize("asked", ["RTX 9090", "rtx", ""])
+def test_an_unknown_card_prints_the_known_ones(asked):
+    with pytest.raises(UserError, match=r"use one of T4, RTX 2080 Ti, .*, H200$") as caught:
+        find_card(asked)
+    assert "\n" not in str(caught.value)
 
 
 def test_work_grows_with_the_tokens_but_not_the_update():

@@ -1,0 +1,127 @@
+"""From a recipe, a card and measured efficiencies to seconds a microbatch, tokens in a budget and expected loss."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cramfast import schedule
+from cramfast.budget import Budget
+from cramfast.calibration import Efficiency
+from cramfast.config import TrainConfig
+from cramfast.errors import UserError
+from cramfast.kernels.cases import ragged_lengths
+from cramfast.model import flops_per_token
+from cramfast.roofline import Card, Part, bound, cost, microbatch_parts, update_parts
+
+SLICES = 1000  # of a budget, in which the batch ramp counts as constant
+
+
+@dataclass(frozen=True)
+class Line:
+    """All runs of one part in a microbatch, or in an update: seconds, what bounds it, how near to that it comes."""
+
+    part: Part
+    seconds: float
+    bound_by: str
+    efficiency: Efficiency
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds of a microbatch of `tokens` and of an update, part by part."""
+
+    config: TrainConfig
+    tokens: int
+    microbatch: list[Line]
+    update: list[Line]
+    flops_per_token: float
+
+    @property
+    def microbatch_s(self) -> float:
+        return sum(line.seconds for line in self.microbatch)
+
+    @property
+    def update_s(self) -> float:
+        return sum(line.seconds for line in self.update)
+
+    def step_s(self, microbatches: float) -> float:
+        """Seconds of a step of so many microbatches."""
+        return microbatches * self.microbatch_s + self.update_s
+
+    def tokens_per_s(self, microbatches: float) -> float:
+        """Tokens a second in steps of so many microbatches."""
+        return microbatches * self.tokens / self.step_s(microbatches)
+
+    def run(self, budget: Budget) -> tuple[float, float, float]:
+        """(tokens, seconds, steps) of a whole budget, the batch ramp included."""
+        tokens = seconds = steps = 0.0
+        config, pieces = self.config, round(self.config.microbatch_tokens / self.tokens)
+        for index in range(SLICES):
+            fraction = (index + 0.5) / SLICES
+            count = pieces * schedule.microbatches(
+                fraction, config.microbatch_tokens, config.batch_tokens, config.ramp_fraction
+            )
+            step = {"tokens": count * self.tokens, "seconds": self.step_s(count), "steps": 1.0}
+            step["flops"] = step["tokens"] * self.flops_per_token
+            made = budget.amount / SLICES / step[budget.unit]
+            tokens, seconds, steps = tokens + made * step["tokens"], seconds + made * step["seconds"], steps + made
+        return tokens, seconds, steps
+
+
+def forecast(config: TrainConfig, card: Card, tokens: int, efficiencies: Mapping[str, Efficiency]) -> Forecast:
+    """Predict microbatches of `tokens`; an efficiency is looked up by the part's name, then by its operator."""
+
+    def lines(parts: list[Part]) -> list[Line]:
+        dtype, found = getattr(torch, config.dtype), []
+        for part in parts:
+            least = bound(card, part.op, *cost(part.op, part.shape, dtype, card.capability is not None))
+            efficiency = efficiencies.get(part.name) or efficiencies.get(part.op) or Efficiency()
+            found.append(Line(part, part.count * least.seconds / efficiency.value, least.by, efficiency))
+        return found
+
+    lengths = ragged_lengths(tokens, config.sequence_len)
+    attended = sum(n * n for n in lengths) / tokens
+    masked = (config.mask_fraction + config.mask_fraction_end) / 2
+    flops = flops_per_token(config.model, masked, attended)
+    return Forecast(config, tokens, lines(microbatch_parts(config, tokens)), lines(update_parts(config)), flops)
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """E + A / parameters^alpha + B / tokens^beta, nats per masked token (Hoffmann et al., arXiv:2203.15556)."""
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        """The loss that the law expects."""
+        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
+
+
+def read_law(path: Path) -> ScalingLaw:
+    """The law that `python -m cramfast.scaling fit` wrote.
+
+    Raises:
+        UserError: no such file, no JSON object, or a constant that is missing or no number.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        law = ScalingLaw(**{key: float(values[key]) for key in ("E", "A", "alpha", "B", "beta")})
+    except OSError as error:
+        raise UserError(
+            f"--fit {path}: unreadable ({error.strerror}) — python -m cramfast.scaling fit writes it"
+        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"--fit {path}: no fit with E, A, alpha, B and beta ({error}) — python -m cramfast.scaling fit writes one"
+        ) from None
+    if not all(math.isfinite(value) for value in vars(law).values()):
+        raise UserError(f"--fit {path}: a constant is not finite — fit again from more runs")
+    return law

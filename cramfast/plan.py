@@ -1,0 +1,217 @@
+"""What a budget buys on a card, before it is spent: python -m cramfast.plan --budget 24h [--gpu "RTX 2080 Ti"].
+
+Takes every flag of cramfast.train. Without --gpu the machine at hand is measured; a card is predicted from its data
+sheet and from measurements where there are any.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from cramfast import calibration, footprint, measurements
+from cramfast.allocator import keep_freed_memory
+from cramfast.budget import Budget, parse_budget
+from cramfast.calibration import Efficiency
+from cramfast.config import TrainConfig, require
+from cramfast.errors import command
+from cramfast.forecast import Forecast, Line, ScalingLaw, forecast, read_law
+from cramfast.measurements import Comparison
+from cramfast.recipes import choose_device, resolve, starting_config
+from cramfast.record import short, span
+from cramfast.roofline import Card, find_card, microbatch_parts, parameter_count, update_parts
+
+USABLE_MEMORY = 0.9  # of a device: the count came out 5 to 8 % below what steps took on a CPU (docs/log.md)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Predict what a budget buys: tokens, speed, memory and loss.
+
+    Takes every flag of cramfast.train. Without --gpu it is measured, in half a minute, what this machine does.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    gpu: str | None = None
+    """A card to predict for, as "RTX 2080 Ti"; an unknown name prints the list. Without it: the machine at hand."""
+    fit: Path | None = None
+    """Scaling law for the expected loss: the JSON of python -m cramfast.scaling fit."""
+    runs: Path = Path("runs")
+    """Folder of recorded runs that the prediction is compared with, where they fit."""
+    results: tuple[Path, ...] = ()
+    """Results of pytest bench/ on a GPU, whose efficiencies are taken for --gpu."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prediction and what it is held against."""
+
+    forecast: Forecast
+    card: Card
+    budget: Budget
+    baseline: int
+    law: ScalingLaw | None
+    compared: list[Comparison]
+
+
+def parse(args: list[str] | None = None) -> Arguments:
+    """Read the command line, with every "auto" resolved for the card or for this machine.
+
+    Raises:
+        UserError: a value that cannot work, or a card that is not in the table.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--preset", "--recipe", "--device", "--gpu"):
+        early.add_argument(flag)
+    first, _ = early.parse_known_args(args)
+    asked = first.device if first.device in ("cpu", "cuda") else "auto"
+    default = starting_config(first.preset, first.recipe, "cuda" if first.gpu else choose_device(asked))
+    arguments = tyro.cli(
+        tyro.conf.configure(tyro.conf.FlagConversionOff)(Arguments),
+        args=args,
+        default=Arguments(config=default),
+        prog="python -m cramfast.plan",
+    )
+    config = arguments.config
+    require(config.optimizer != "muon", "a plan for --optimizer muon", "leave it out: its own products are not counted")
+    if arguments.gpu is None:
+        return replace(arguments, config=resolve(config))
+    card = find_card(arguments.gpu)
+    dtype = card.dtype if config.dtype == "auto" else config.dtype
+    require(
+        dtype != "bfloat16" or card.dtype == "bfloat16",
+        f"dtype=bfloat16 on {card.name}",
+        "use --dtype float16: its tensor cores know no bfloat16",
+    )
+    return replace(arguments, config=replace(config, device="cuda", dtype=dtype))
+
+
+def fitting_microbatch(config: TrainConfig, card: Card, baseline: int) -> int:
+    """The recipe's microbatch, halved until the memory holds it, as training does (fit.py); at least one sequence."""
+    tokens, memory = config.microbatch_tokens, USABLE_MEMORY * card.memory_bytes
+    while tokens // 2 >= config.sequence_len and footprint.training_bytes(config, tokens, baseline) > memory:
+        tokens //= 2
+    return tokens
+
+
+def make_plan(arguments: Arguments) -> Plan:
+    """Measure or look up, then predict.
+
+    Raises:
+        UserError: an unreadable fit, results file or record.
+    """
+    config = arguments.config
+    law = read_law(arguments.fit) if arguments.fit else None
+    budget = parse_budget(config.budget)
+    dtype = getattr(torch, config.dtype)
+    efficiencies: dict[str, Efficiency]
+    if arguments.gpu:
+        card, baseline = find_card(arguments.gpu), footprint.CONTEXT_BYTES
+        efficiencies = measurements.row_efficiencies(measurements.read_rows(arguments.results), card, config.dtype)
+        tokens = fitting_microbatch(config, card, baseline)
+    else:
+        baseline = footprint.resident_bytes() if config.device == "cpu" else footprint.CONTEXT_BYTES
+        card = calibration.machine_at_hand(config.device, dtype)
+        tokens = fitting_microbatch(config, card, baseline)
+        efficiencies = calibration.measure(card, microbatch_parts(config, tokens) + update_parts(config), dtype)
+    compared = measurements.comparisons(arguments.runs, config, card, efficiencies)
+    return Plan(forecast(config, card, tokens, efficiencies), card, budget, baseline, law, compared)
+
+
+def limit(plan: Plan) -> tuple[Line, float]:
+    """The part that takes the most time over the whole run, and its share."""
+    tokens, seconds, steps = plan.forecast.run(plan.budget)
+    spent = [(line, line.seconds * tokens / plan.forecast.tokens) for line in plan.forecast.microbatch]
+    spent += [(line, line.seconds * steps) for line in plan.forecast.update]
+    line, most = max(spent, key=lambda pair: pair[1])
+    return line, most / seconds
+
+
+def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """(what, figure, how it is known) of memory and microbatch."""
+    made, card, usable = plan.forecast, plan.card, USABLE_MEMORY * plan.card.memory_bytes
+    needed = footprint.training_bytes(made.config, made.tokens, plan.baseline)
+    largest = footprint.largest_microbatch(made.config, usable, plan.baseline)
+    verdict = f"counted; microbatches of {made.tokens:,}" if needed <= usable else "counted; does not fit"
+    return [
+        ("memory", f"{needed / 1e9:.2f} of {card.memory_bytes / 1e9:.1f} GB", verdict),
+        ("largest microbatch", f"{largest:,} tokens" if largest else "none", f"in {USABLE_MEMORY:.0%} of the memory"),
+    ]
+
+
+def summary(plan: Plan) -> list[tuple[str, str, str]]:
+    """(what, figure, how it is known) of the whole run."""
+    made, card, config = plan.forecast, plan.card, plan.forecast.config
+    tokens, seconds, steps = made.run(plan.budget)
+    unmeasured = sum(line.part.op != "copy" and not line.efficiency.source for line in made.microbatch + made.update)
+    timed = plan.budget.unit == "seconds"
+    most, most_tokens = "at most " * (unmeasured > 0), "at most " * (unmeasured > 0 and timed)
+    least_time = "at least " * (unmeasured > 0 and not timed)
+    rate, peak, flops = tokens / seconds, card.tensor_flops, short(tokens * made.flops_per_token, "FLOP")
+    spent = f"in {least_time}{span(seconds)}, {steps:,.0f} steps, {flops}"
+    parameters = parameter_count(config.model)
+    basis = f"the roofline, {unmeasured} parts unmeasured" if unmeasured else "all parts measured"
+    loss = f"{plan.law.loss(parameters, tokens):.3f}" if plan.law else "no fit"
+    line, share = limit(plan)
+    return [
+        ("card", card.name, card.source),
+        ("peaks", f"{peak / 1e12:,.3g} TFLOP/s, {card.bandwidth / 1e9:,.0f} GB/s", f"{config.dtype} matmul; memory"),
+        ("model", f"{config.preset}, {short(parameters)} parameters", f"sequences of up to {config.sequence_len}"),
+        ("tokens/s", f"{most}{rate:,.0f}", basis),
+        ("tokens", f"{most_tokens}{short(tokens)}", spent),
+        ("MFU", f"{most}{rate * made.flops_per_token / peak:.0%}", "of the matmul peak above"),
+        *memory_rows(plan),
+        ("expected loss", loss, "nats per masked token, for the fit's text" if plan.law else "--fit FILE gives one"),
+        ("limit", line.part.name, f"{share:.0%} of the time, bound by {line.bound_by}"),
+    ]
+
+
+def show(plan: Plan) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"what {plan.forecast.config.budget} buys, predicted")
+    for column in ("what", "figure", "how it is known"):
+        table.add_column(column)
+    for row in summary(plan):
+        table.add_row(*row)
+    table.add_section()
+    for run in plan.compared:
+        figures = f"{run.predicted:,.0f} for {run.measured:,.0f} tokens/s"
+        table.add_row(f"run {run.name}", figures, f"error {run.error:+.0%}; {run.conditions}")
+    if not plan.compared:
+        table.add_row("error", "not known", "no recorded run of this model on this card")
+    for title, lines in (("a microbatch", plan.forecast.microbatch), ("an update", plan.forecast.update)):
+        table.add_section()
+        total = sum(line.seconds for line in lines)
+        table.add_row(title, f"{1e3 * total:,.2f} ms", "")
+        for line in lines:
+            figures = f"{1e3 * line.seconds:,.2f} ms, {line.seconds / total:.0%}"
+            table.add_row(f"  {line.part.name}", figures, known(line))
+    Console(width=118).print(table)
+
+
+def known(line: Line) -> str:
+    """What bounds a part and how near it comes to that."""
+    if line.part.op == "copy":
+        return "memory, at the bandwidth of a copy"
+    if not line.efficiency.source:
+        return f"{line.bound_by}; taken at its peak, not measured"
+    return f"{line.bound_by}; {line.efficiency.value:.0%} of its bound, {line.efficiency.source}"
+
+
+def main() -> None:
+    """The command line."""
+    arguments = parse()
+    if arguments.config.threads:
+        torch.set_num_threads(arguments.config.threads)
+    keep_freed_memory()
+    show(make_plan(arguments))
+
+
+if __name__ == "__main__":
+    command(main)

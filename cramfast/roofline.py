@@ -1,0 +1,192 @@
+"""The roofline: what a card can do at most, what every operator of a training step costs, and the least time for it.
+
+Costs come from the Cases (kernels/cases.py); what has no Case (plain linear layers, copies) is counted here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from cramfast.config import ModelConfig, TrainConfig
+from cramfast.errors import UserError
+from cramfast.kernels.cases import CASES, ragged_lengths
+from cramfast.model import Encoder
+
+TENSOR_CORE_OPERATORS = ("linear", "layernorm_glu", "attention", "cross_entropy")
+LONGEST_WHOLE_SEQUENCE = 128  # attention_short_max of csrc/attention_forms.h: beyond it a GPU takes the tiled form
+CASE_OF = {case.op: case for case in CASES}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a device can do at most.
+
+    Attributes:
+        bandwidth: bytes/s of its memory.
+        tensor_flops: FLOP/s of half-precision products summed in float32, without sparsity.
+        plain_flops: FLOP/s of float32 outside the tensor cores.
+        memory_bytes: size of its memory.
+        capability: CUDA compute capability; None for a CPU, whose two rates are one.
+        source: where the figures come from.
+    """
+
+    name: str
+    bandwidth: float
+    tensor_flops: float
+    plain_flops: float
+    memory_bytes: int
+    capability: tuple[int, int] | None
+    source: str
+
+    @property
+    def dtype(self) -> str:
+        """The half precision that its tensor cores multiply: no bfloat16 before sm_80."""
+        return "bfloat16" if self.capability is None or self.capability >= (8, 0) else "float16"
+
+
+TURING = "NVIDIA Turing GPU Architecture whitepaper, reference clocks"
+GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper"
+CARDS = (
+    Card("T4", 320e9, 65e12, 8.1e12, 16 << 30, (7, 5), "NVIDIA T4 data sheet"),
+    # GeForce: half of the tensor rate when the sum is float32
+    Card("RTX 2080 Ti", 616e9, 53.8e12, 13.4e12, 11 << 30, (7, 5), TURING),
+    Card("RTX 3090", 936e9, 71e12, 35.6e12, 24 << 30, (8, 6), GA102),
+    Card("RTX A4000", 448e9, 76.7e12, 19.2e12, 16 << 30, (8, 6), "NVIDIA RTX A4000 data sheet"),
+    Card("RTX A6000", 768e9, 154.8e12, 38.7e12, 48 << 30, (8, 6), GA102),
+    Card("RTX 4090", 1008e9, 165.2e12, 82.6e12, 24 << 30, (8, 9), "NVIDIA Ada GPU Architecture whitepaper"),
+    Card("A100", 2.039e12, 312e12, 19.5e12, 80 * 10**9, (8, 0), "NVIDIA A100 data sheet, SXM 80 GB"),
+    Card("H100", 3.35e12, 989e12, 67e12, 80 * 10**9, (9, 0), "NVIDIA H100 data sheet, SXM"),
+    Card("H200", 4.8e12, 989e12, 67e12, 141 * 10**9, (9, 0), "NVIDIA H200 data sheet, SXM"),
+)
+
+
+def find_card(name: str) -> Card:
+    """The card of that name, upper or lower case, with or without the words before it (2080 ti, NVIDIA H200).
+
+    Raises:
+        UserError: a card that is not in the table, or a name that fits several.
+    """
+    words = name.lower()
+    exact = [card for card in CARDS if card.name.lower() in words]
+    found = exact or [card for card in CARDS if words and words in card.name.lower()]
+    if len(found) != 1:
+        raise UserError(f"--gpu {name!r}: not in the table — use one of {', '.join(card.name for card in CARDS)}")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least time of one operator on one card, in seconds, and what sets it."""
+
+    seconds: float
+    by: str
+
+
+def bound(card: Card, op: str, moved_bytes: float, flops: float) -> Bound:
+    """The roofline: the later of memory and arithmetic."""
+    on_tensor_cores = op in TENSOR_CORE_OPERATORS
+    arithmetic = flops / (card.tensor_flops if on_tensor_cores else card.plain_flops)
+    memory = moved_bytes / card.bandwidth
+    if memory >= arithmetic:
+        return Bound(memory, "memory")
+    if card.capability is None:
+        return Bound(arithmetic, "arithmetic")
+    return Bound(arithmetic, "tensor cores" if on_tensor_cores else "float32 units")
+
+
+def cost(op: str, shape: Mapping, dtype: torch.dtype, on_gpu: bool) -> tuple[int, int]:
+    """(bytes, FLOPs) of an operator forward and backward, as our implementation does it.
+
+    Besides those that have a Case: "linear" {N, D, E}, three products of x (N, D) and a weight (E, D), and "copy"
+    {bytes}.
+    """
+    size = torch.empty(0, dtype=dtype).element_size()
+    if op == "copy":
+        return shape["bytes"], 0
+    if op == "linear":
+        N, D, E = shape["N"], shape["D"], shape["E"]
+        return 3 * (N * D + D * E + N * E) * size, 6 * N * D * E
+    moved, flops = (count(**shape, dtype=dtype) for count in (CASE_OF[op].bytes_moved, CASE_OF[op].flops))
+    if op == "attention" and on_gpu and max(shape["lengths"], default=0) > LONGEST_WHOLE_SEQUENCE:
+        # Two kernels backward, which both make the scores and their gradient and read q, k, v and dout: seven products.
+        moved = 16 * sum(shape["lengths"]) * shape["H"] * shape["K"] * size
+        flops = flops * 9 // 7
+    return moved, flops
+
+
+@dataclass(frozen=True)
+class Part:
+    """One operator at one shape, `count` times in a microbatch or an update; `name` is its place in the model."""
+
+    name: str
+    op: str
+    shape: Mapping
+    count: int = 1
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Parameters of the model, embedding included; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Encoder(model).parameters())
+
+
+def masked_tokens(config: TrainConfig, tokens: int) -> int:
+    """Tokens predicted in a microbatch, in the middle of a run."""
+    return round((config.mask_fraction + config.mask_fraction_end) / 2 * tokens)
+
+
+def microbatch_parts(config: TrainConfig, tokens: int) -> list[Part]:
+    """What one microbatch of `tokens` takes, forward and backward, in the order of model.py.
+
+    The sequences are a mixture of paragraphs (kernels.cases.ragged_lengths) up to sequence_len.
+    """
+    model, M = config.model, masked_tokens(config, tokens)
+    N, D, F, V, L = tokens, model.width, model.feedforward, model.vocab_size, model.layers
+    norms = L - 1 + (2 if model.first_norm else 1)  # before each attention, after the embedding
+    attention = {"lengths": ragged_lengths(N, config.sequence_len), "H": model.heads, "K": D // model.heads}
+    everywhere = sum(index % model.global_every == 0 for index in range(L))
+    parts = [
+        Part("embedding", "copy", {"bytes": embedding_bytes(config, N, M)}),
+        Part("norms", "layernorm", {"N": N, "D": D}, norms),
+        Part("qkv matrix", "linear", {"N": N, "D": D, "E": 3 * D}, L),
+        Part("attention", "attention", attention, everywhere),
+        Part("local attention", "attention", attention | {"window": model.window // 2}, L - everywhere),
+        Part("output matrix", "linear", {"N": N, "D": D, "E": D}, L - 1),
+        Part("norm, matrix, gate", "layernorm_glu", {"N": N, "D": D, "F": F}, L - 1),
+        Part("second matrix", "linear", {"N": N, "D": F, "E": D}, L - 1),
+        # From here on masked rows alone: the last layer's output matrix and feed-forward block, and the head.
+        Part("output matrix, masked", "linear", {"N": M, "D": D, "E": D}, 2 if model.head else 1),
+        Part("norm, matrix, gate, masked", "layernorm_glu", {"N": M, "D": D, "F": F}),
+        Part("second matrix, masked", "linear", {"N": M, "D": F, "E": D}),
+        Part("norms, masked", "layernorm", {"N": M, "D": D}, 2 if model.head else 1),
+        Part("loss", "cross_entropy", {"M": M, "D": D, "V": V}),
+        Part("gradients", "copy", {"bytes": parameter_count(model) * (8 + element_size(config))}),
+    ]
+    return [part for part in parts if part.count]
+
+
+def update_parts(config: TrainConfig) -> list[Part]:
+    """What one update takes: AdamW, the gradient set to zero, and the moving average where there is one."""
+    parameters = parameter_count(config.model)
+    parts = [
+        Part("AdamW", "adamw", {"P": parameters}),
+        Part("zero gradient", "copy", {"bytes": 4 * parameters}),
+    ]
+    return parts + [Part("moving average", "copy", {"bytes": 12 * parameters})] * (config.ema_decay > 0)
+
+
+def element_size(config: TrainConfig) -> int:
+    """Bytes of a matrix element or an activation."""
+    return getattr(torch, config.dtype).itemsize
+
+
+def embedding_bytes(config: TrainConfig, N: int, M: int) -> int:
+    """Traffic of token lookup and row selection, both ways.
+
+    The lookup's gradient is summed in float32 over the vocabulary, rounded and added to the decoder's; the selection
+    takes rows of two tensors and gives back zeros with those rows in them.
+    """
+    size, D, V = element_size(config), config.model.width, config.model.vocab_size
+    lookup = N * D * (3 * size + 8) + V * D * (8 + 4 * size)
+    return lookup + 2 * D * size * (4 * M + N)
