@@ -1,0 +1,90 @@
+"""Training steps of a variant in this process, to be timed: calibration of a plan, and interleaved rounds of claims."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from cramfast import microbatch, schedule
+from cramfast.allocator import keep_freed_memory
+from cramfast.config import TrainConfig
+from cramfast.feed import evaluate, heldout_batches, to_device
+from cramfast.ledger import Clock
+from cramfast.metrics import synchronize
+from cramfast.microbatch import Microbatch, capture_graph
+from cramfast.optim import FlatParameters
+from cramfast.scaling.switches import Variant
+
+WARM_UPS = 2
+
+
+def as_the_trainer(config: TrainConfig) -> None:
+    """Threads and allocator of this process as cramfast.train sets them."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    keep_freed_memory()
+
+
+class Stepper:
+    """One model in training, its batches made anew for every step as the trainer's loader does.
+
+    Attributes:
+        slots: tokens of a microbatch, padding included.
+    """
+
+    def __init__(self, config: TrainConfig, prepared: Path, variant: Variant = Variant(())):  # noqa: B008
+        self.variant, self.config, self.prepared = variant, variant.config(config), prepared
+        config, self.device = self.config, torch.device(config.device)
+        self.source = variant.source(
+            prepared, "train", sequence_len=config.sequence_len, batch_tokens=config.microbatch_tokens,
+            seed=config.seed, masking=config.masking,
+        )  # fmt: skip
+        self.slots = self.source.batch_tokens
+        torch.manual_seed(config.seed)
+        self.model = variant.encoder(config.model).to(self.device)
+        self.optimizer = variant.optimizer(
+            FlatParameters(self.model, getattr(torch, config.dtype)), beta1=config.beta1, beta2=config.beta2,
+            eps=config.adam_eps, weight_decay=config.weight_decay, max_norm=config.max_norm,
+        )  # fmt: skip
+        with variant.kernels(config.device):
+            captured = microbatch.graph_choice(config)[0]
+            self.microbatch = Microbatch(
+                self.model, self.optimizer, Clock(self.device), capture_graph if captured else None
+            )
+        self.index = 0
+
+    def step(self) -> int:
+        """One update of the full batch; tokens of it that are not padding."""
+        config, tokens = self.config, 0
+        microbatches = schedule.microbatches(1.0, config.microbatch_tokens, config.batch_tokens, 0.0)
+        with self.variant.kernels(config.device):
+            self.microbatch.loss_sum.zero_()
+            for _ in range(microbatches):
+                batch = self.source.batch(0, self.index % self.source.batches(0), config.mask_fraction)
+                self.microbatch.run(to_device(batch, self.device))
+                tokens, self.index = tokens + batch.tokens, self.index + 1
+            self.optimizer.step(config.lr, self.microbatch.loss_sum, microbatches)
+        return tokens
+
+    def turn(self, seconds: float) -> float:
+        """Train for at least so long; useful tokens a second."""
+        tokens = 0
+        start = time.perf_counter()
+        while True:
+            tokens += self.step()
+            synchronize(self.device)
+            if (elapsed := time.perf_counter() - start) >= seconds:
+                return tokens / elapsed
+
+    def evaluation_s(self) -> float:
+        """Seconds of one held-out evaluation."""
+        batches = heldout_batches(self.config, self.prepared, self.device)
+        start = time.perf_counter()
+        evaluate(self.model, batches[:1])
+        return (time.perf_counter() - start) * len(batches)
+
+    def warm_up(self) -> "Stepper":
+        for _ in range(WARM_UPS):
+            self.step()
+        synchronize(self.device)
+        return self
