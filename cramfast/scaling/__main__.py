@@ -1,9 +1,9 @@
 """The command line: python -m cramfast.scaling {run,fit,claims,report} ..."""
 
 from cramfast.errors import command
-from cramfast.scaling import fit, run
+from cramfast.scaling import claims, fit, report, run
 
-COMMANDS = {"run": run.Arguments, "fit": fit.Arguments}
+COMMANDS = {"run": run.Arguments, "fit": fit.Arguments, "claims": claims.Arguments, "report": report.Arguments}
 WIDTH = 140  # columns where no terminal says how many it has
 
 

@@ -170,7 +170,7 @@ def shift_table(found: dict[str, Any]) -> ScoreTable:
         "square, nats per masked token, of training loss in the plateau of the learning rate. The curves are the same "
         "up to the factor where the distance after it is no larger than that between seeds. Intervals need two seeds.",
     ]
-    empty = ["No size of the plan has a second shape with the same budget and seed."]
+    empty = ["No size has a second shape with the same budget and seed, and runs long enough to compare."]
     return ScoreTable("Are curves of equal size the same up to a factor?", columns, rows, notes if rows else empty)
 
 

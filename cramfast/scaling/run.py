@@ -40,7 +40,7 @@ def calibrate(configs: dict[str, TrainConfig], prepared: Path, report) -> dict[s
     for number, (shape, config) in enumerate(configs.items()):
         report("calibrating", number, len(configs))
         stepper = Stepper(config, prepared).warm_up()
-        rate = statistics.median(stepper.turn(CALIBRATION_S) for _ in range(3))
+        rate = statistics.median(stepper.turn(CALIBRATION_S)[0] for _ in range(3))
         found[shape] = Calibration(1 / rate, stepper.evaluation_s())
     report("calibrating", len(configs), len(configs))
     return found

@@ -12,8 +12,6 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.stats import t as student
 
-from cramfast.errors import UserError
-
 STABLE = (0.05, 0.6)  # shares of the budget: after the trapezoid's warm-up, before its decay (cramfast/schedule.py)
 LARGEST = np.log(16.0)  # factor looked for
 LEAST_POINTS = 4
@@ -52,13 +50,8 @@ def best_factor(curve: tuple[np.ndarray, np.ndarray], reference: tuple[np.ndarra
     """(log factor, distance without it, distance with it) between a curve and a reference that it is mapped onto.
 
     The distance is over the points that fall onto the reference; half of them must.
-
-    Raises:
-        UserError: a curve of too few points.
     """
     x, y = curve
-    if min(len(x), len(reference[0])) < LEAST_POINTS:
-        raise UserError("a run is too short for the shift test: fewer than 4 points between warm-up and decay")
     smooth = np.polynomial.Polynomial.fit(*reference, deg=min(3, len(reference[0]) - 2))
 
     def distance(shift: float) -> float:
@@ -87,7 +80,11 @@ def shifts(rows: list[dict]) -> list[Shift]:
 
 
 def paired(rows: list[dict], shape: str, reference: str | None) -> list[tuple[dict, dict]]:
-    """(run of the shape, run of the reference) with the same seed, at the longest budget with such pairs."""
+    """(run of the shape, run of the reference) with the same seed, at the longest budget with such pairs.
+
+    Runs with fewer than four points in the plateau have no curve to speak of and are left out.
+    """
+    rows = [row for row in rows if len(stable_part(row)[0]) >= LEAST_POINTS]
     of = {(row["shape"], row["budget_tokens"], row["seed"]): row for row in rows}
     for budget in sorted({row["budget_tokens"] for row in rows}, reverse=True):
         seeds = sorted({row["seed"] for row in rows})

@@ -26,11 +26,7 @@ def as_the_trainer(config: TrainConfig) -> None:
 
 
 class Stepper:
-    """One model in training, its batches made anew for every step as the trainer's loader does.
-
-    Attributes:
-        slots: tokens of a microbatch, padding included.
-    """
+    """One model in training; batches are made in the step, not ahead of it, the same for every variant."""
 
     def __init__(self, config: TrainConfig, prepared: Path, variant: Variant = Variant(())):  # noqa: B008
         self.variant, self.config, self.prepared = variant, variant.config(config), prepared
@@ -39,7 +35,6 @@ class Stepper:
             prepared, "train", sequence_len=config.sequence_len, batch_tokens=config.microbatch_tokens,
             seed=config.seed, masking=config.masking,
         )  # fmt: skip
-        self.slots = self.source.batch_tokens
         torch.manual_seed(config.seed)
         self.model = variant.encoder(config.model).to(self.device)
         self.optimizer = variant.optimizer(
@@ -53,8 +48,8 @@ class Stepper:
             )
         self.index = 0
 
-    def step(self) -> int:
-        """One update of the full batch; tokens of it that are not padding."""
+    def step(self) -> tuple[int, int]:
+        """One update of the full batch; (tokens of it that are not padding, all of them)."""
         config, tokens = self.config, 0
         microbatches = schedule.microbatches(1.0, config.microbatch_tokens, config.batch_tokens, 0.0)
         with self.variant.kernels(config.device):
@@ -64,17 +59,18 @@ class Stepper:
                 self.microbatch.run(to_device(batch, self.device))
                 tokens, self.index = tokens + batch.tokens, self.index + 1
             self.optimizer.step(config.lr, self.microbatch.loss_sum, microbatches)
-        return tokens
+        return tokens, microbatches * self.source.batch_tokens
 
-    def turn(self, seconds: float) -> float:
-        """Train for at least so long; useful tokens a second."""
-        tokens = 0
+    def turn(self, seconds: float) -> tuple[float, float]:
+        """Train for at least so long; (useful tokens, slots) a second."""
+        tokens = slots = 0
         start = time.perf_counter()
         while True:
-            tokens += self.step()
+            useful, all_of_them = self.step()
+            tokens, slots = tokens + useful, slots + all_of_them
             synchronize(self.device)
             if (elapsed := time.perf_counter() - start) >= seconds:
-                return tokens / elapsed
+                return tokens / elapsed, slots / elapsed
 
     def evaluation_s(self) -> float:
         """Seconds of one held-out evaluation."""
