@@ -125,20 +125,15 @@ def sources(prepared, name: str):
     return BatchSource(prepared, **options), Variant((name,)).source(prepared, **options)
 
 
-def test_padding_gives_each_sequence_a_slot(prepared):
+def test_padding_holds_a_sequence_for_every_slot(prepared):
     _, source = sources(prepared, "padding")
     made = source.batch(0, 1, 0.3)
-    starts, lengths = made.cu_seqlens[:-1:2], made.cu_seqlens.diff()[::2]
-    real = lengths > 0
-    assert len(made.ids_N) == 512 and real.sum() > 8 and (starts[real] % 32 == 0).all()
-    assert int(lengths.sum()) == made.tokens < 0.95 * 512
-    inside = torch.zeros(512, dtype=torch.bool)
-    for start, length in zip(starts[real].tolist(), lengths[real].tolist(), strict=True):
-        assert int(made.ids_N[start]) == 2 and int(made.ids_N[start + length - 1]) == 3  # [CLS], [SEP]
-        inside[start : start + length] = True
-    assert (made.ids_N[~inside] == 0).all()
+    lengths = made.cu_seqlens.diff()
+    assert len(made.ids_N) == 512 and int((lengths > 0).sum()) == len(lengths) == 512 // 32
+    assert int(lengths.sum()) == made.tokens < 0.95 * 512 and (made.ids_N[made.tokens :] == 0).all()
     predicted = made.masked_index_M[made.target_M >= 0]
-    assert inside[predicted].all() and len(predicted) == pytest.approx(0.3 * made.tokens, abs=0.1 * made.tokens)
+    assert len(predicted) == pytest.approx(0.3 * made.tokens, abs=2) and int(predicted.max()) < made.tokens
+    assert len(made.target_M) < 0.3 * 512  # padding is not predicted
 
 
 def test_padding_holds_every_chunk_once(prepared):

@@ -21,8 +21,8 @@ from cramfast.scoretable import ScoreTable
 
 PAGE = "report.html"
 CAPTIONS = {
-    "loss": "A line a run, a dot at its end, where the learning rate has come down to zero: only dots compare. The size "
-    "whose dots lie lowest is the one to train for so much.",
+    "loss": "A line a run, a dot at its end, where the learning rate has come down to zero: only dots compare. The "
+    "size whose dots lie lowest is the one to train for so much.",
     "collapse": "Left, shapes of equal size; right, each with its tokens divided by a factor.",
     "fit": "Left, final losses and the law; right, what the law leaves over.",
     "sizes": "From the law and the tokens/s measured for each size.",

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,10 +18,9 @@ from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch, reference
 from cramfast.kernels.linear import linear
-from cramfast.loader import Batch, BatchSource
+from cramfast.loader import BatchSource
 from cramfast.model import Encoder, SelectRows
 from cramfast.optim import AdamW
-from cramfast.tokenizer import CLS, SEP
 
 DROPOUT = 0.1  # BERT's
 LONG = 512  # BERT's sequence length
@@ -128,35 +126,23 @@ class Dropout(Encoder):
 
 
 class PaddedSource(BatchSource):
-    """Every sequence in a slot of sequence_len tokens of its own; padding is computed, and attends to itself alone.
+    """A microbatch holds only as many sequences as have slots of sequence_len tokens in it; the rest is padding.
 
-    As many slots in a microbatch as fit; `Batch.tokens` counts what is not padding. Shapes are static: room for the
-    masked tokens of a microbatch that is a twentieth fuller than the average one.
+    The padding lies together at the end, where it goes through every matrix as it would behind each sequence; our
+    attention passes over it, and the attention of the other switches makes its rectangle of the sequences anyway.
+    Shapes are static: room for the masked tokens of a microbatch that is a twentieth fuller than the average one.
     """
 
     def __init__(self, *arguments, sequence_len: int, batch_tokens: int, **more):
-        self.slots = batch_tokens // sequence_len
-        more |= {"sequence_len": sequence_len, "batch_tokens": self.slots * sequence_len, "max_sequences": self.slots}
+        slots = batch_tokens // sequence_len
+        more |= {"sequence_len": sequence_len, "batch_tokens": slots * sequence_len, "max_sequences": slots}
         super().__init__(*arguments, **more)
         self.useful = (float(self.lengths.mean()) + pack.SPECIALS_PER_SEQUENCE) / sequence_len
 
     def batch(self, epoch, index, mask_fraction):
-        members, offsets = self.plan(epoch)
-        L, N = self.sequence_len, self.batch_tokens
-        ids, places = np.zeros((self.slots, L), np.int32), np.full((self.slots, L), -1, np.int64)
-        used, ends = 0, [0]
-        for slot, chunk in enumerate(members[offsets[index] : offsets[index + 1]]):
-            row = (ids[slot], np.empty(2, np.int32), places[slot])
-            length = int(pack.fill(self.ids, self.starts, self.lengths, np.array([chunk]), *row, CLS, SEP))
-            used += length
-            ends += [slot * L + length, (slot + 1) * L]
-        cu_seqlens = np.full(2 * self.slots + 1, ends[-1], np.int32)
-        cu_seqlens[: len(ends)] = ends
-        M = min(N, round(1.05 * mask_fraction * self.useful * N))
-        wanted = max(1, min(M, round(mask_fraction * used)))
-        masked, target = self._mask(ids.reshape(N), places.reshape(N), epoch, M, wanted)
-        tensors = (torch.from_numpy(a) for a in (ids.reshape(N), cu_seqlens, masked, target))
-        return Batch(*tensors, max_seqlen=L, tokens=used)
+        batch = super().batch(epoch, index, mask_fraction)
+        M = round(min(1.0, 1.05 * self.useful) * mask_fraction * self.batch_tokens)
+        return replace(batch, masked_index_M=batch.masked_index_M[:M], target_M=batch.target_M[:M])
 
 
 class CrossDocumentSource(BatchSource):
