@@ -1,11 +1,10 @@
 """Every throughput modification switched off, one at a time: tokens/s beside the step that has them all.
 
 `pytest bench/test_throughput_claims.py` measures mini on documentation text found on this machine; what a gain in
-tokens/s is worth in loss needs a plan of runs: python -m cramfast.scaling claims. A speed is measured here, never
-asserted.
+tokens/s is worth in loss needs a plan of runs: python -m cramfast.scaling claims, which also keeps the figures. A speed
+is measured here, never asserted.
 """
 
-import json
 import math
 
 import pytest
@@ -36,7 +35,7 @@ def setting(request):
 
 
 @pytest.mark.parametrize("place", range(len(CLAIMS)), ids=CLAIMS)
-def test_throughput(place, setting, smoke, request):
+def test_throughput(place, setting, smoke):
     config, prepared, table = setting
     claim = claims_of(config)[place]  # half precision has another name on each device
     if why := claim.obstacle(config):
@@ -49,8 +48,3 @@ def test_throughput(place, setting, smoke, request):
     slots, useful = (gain(getattr(rates, f"{kind}_on"), getattr(rates, f"{kind}_off")) for kind in ("slots", "useful"))
     cells = ("{:.2f} ({:.2f} to {:.2f})".format(value, *between) for value, between in (slots, useful))
     table.add_row(claim.name, f"{sorted(rates.useful_on)[len(rates.useful_on) // 2]:,.0f}", *cells)
-    if path := request.config.getoption("--results"):
-        row = {"claim": claim.name, "on": claim.on, "off": claim.off, "tokens_per_s": rates.useful_on}
-        row |= {"slots_gain": slots, "useful_gain": useful, "dtype": config.dtype, "preset": config.preset}
-        with path.open("a") as out:
-            out.write(json.dumps(row | machine.description(config.device)) + "\n")

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,13 +47,12 @@ def calibrate(configs: dict[str, TrainConfig], prepared: Path, report) -> dict[s
     return found
 
 
-def start_up_s(config: TrainConfig, folder: Path, console) -> float:
-    """Wall seconds of a run of one step beyond its training: starting, loading, two evaluations, saving."""
-    config = replace(config, budget="1steps")
+def start_up_s(config: TrainConfig, console) -> float:
+    """Wall seconds of a run of one step: starting, loading, two evaluations, saving."""
     started = time.perf_counter()
-    runner = Runner(folder / "calibration", console)
-    for _ in runner.train(Job(f"start-{time.time_ns()}", config, 1.0, {})):
-        pass
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in Runner(Path(folder), console).train(Job("start", replace(config, budget="1steps"), 1.0, {})):
+            pass
     return time.perf_counter() - started
 
 
@@ -171,7 +171,7 @@ class Arguments:
             runs = plans.expand(plan, prepared, device, self.threads, self.dtype)
             found = calibrate({run.shape: run.config for run in runs}, prepared, stages)
             smallest = min(runs, key=lambda run: plans.parameters(run.config.model))
-            start_s = start_up_s(smallest.config, folder, console)
+            start_s = start_up_s(smallest.config, console)
 
         def estimates(plan: Plan) -> dict[str, float]:
             runs = plans.expand(plan, prepared, device, self.threads, self.dtype)

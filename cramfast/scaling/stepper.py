@@ -9,6 +9,7 @@ from cramfast import microbatch, schedule
 from cramfast.allocator import keep_freed_memory
 from cramfast.config import TrainConfig
 from cramfast.feed import evaluate, heldout_batches, to_device
+from cramfast.kernels.linear import allow_half_accumulation
 from cramfast.ledger import Clock
 from cramfast.metrics import synchronize
 from cramfast.microbatch import Microbatch, capture_graph
@@ -16,6 +17,7 @@ from cramfast.optim import FlatParameters
 from cramfast.scaling.switches import Variant
 
 WARM_UPS = 2
+TIMED_LR = 1e-6  # without the warm-up of a schedule the full one might end in NaN, whose updates are skipped and fast
 
 
 def as_the_trainer(config: TrainConfig) -> None:
@@ -52,13 +54,14 @@ class Stepper:
         """One update of the full batch; (tokens of it that are not padding, all of them)."""
         config, tokens = self.config, 0
         microbatches = schedule.microbatches(1.0, config.microbatch_tokens, config.batch_tokens, 0.0)
+        allow_half_accumulation(config.half_accumulation)  # of the whole process, and the other side differs
         with self.variant.kernels(config.device):
             self.microbatch.loss_sum.zero_()
             for _ in range(microbatches):
                 batch = self.source.batch(0, self.index % self.source.batches(0), config.mask_fraction)
                 self.microbatch.run(to_device(batch, self.device))
                 tokens, self.index = tokens + batch.tokens, self.index + 1
-            self.optimizer.step(config.lr, self.microbatch.loss_sum, microbatches)
+            self.optimizer.step(TIMED_LR, self.microbatch.loss_sum, microbatches)
         return tokens, microbatches * self.source.batch_tokens
 
     def turn(self, seconds: float) -> tuple[float, float]:
