@@ -1,6 +1,6 @@
 """Every throughput modification switched off, one at a time: tokens/s beside the step that has them all.
 
-`pytest bench/test_throughput_claims.py` measures mini on documentation text found on this machine; what a gain in
+`pytest bench/test_throughput_claims.py` measures mini on --text or documentation found on this machine; what a gain in
 tokens/s is worth in loss needs a plan of runs: python -m cramfast.scaling claims, which also keeps the figures. A speed
 is measured here, never asserted.
 """
@@ -11,6 +11,7 @@ import pytest
 
 from bench import machine
 from cramfast.config import TrainConfig
+from cramfast.errors import UserError
 from cramfast.prepare import prepare
 from cramfast.recipes import recipe, resolve
 from cramfast.scaling.claims import claims_of, gain, measure
@@ -30,7 +31,11 @@ def setting(request):
     table = Table(title=f"on {machine.description(device)['device']}, {config.dtype}", title_justify="left")
     for number, column in enumerate(("with it", "tokens/s", "tokens/s, times", "useful tokens/s, times")):
         table.add_column(column, justify="right" if number else "left")
-    yield config, prepare((), None, vocab_size=config.model.vocab_size), table
+    try:
+        prepared = prepare(tuple(request.config.getoption("--text")), None, vocab_size=config.model.vocab_size)
+    except UserError as error:  # a machine with hardly any Python packages
+        pytest.skip(f"{error}, here --text")
+    yield config, prepared, table
     Console(width=120).print("\n", table)
 
 
