@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from cramfast.budget import Progress as Spent
 from cramfast.budget import parse_budget
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
+from cramfast.interrupt import Interrupt
 from cramfast.metrics import duration
 from cramfast.scaling import table
 from cramfast.scaling.plan import flags
@@ -129,17 +131,19 @@ class Runner:
         log = self.folder / "logs" / f"{job.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output)
+            # In a session of its own a Ctrl-C does not reach it as well: a second signal would end it without saving.
+            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
             try:
-                while process.poll() is None:
-                    time.sleep(POLL_S)
-                    yield last_row(run_dir)
-            except BaseException:
-                process.terminate()  # the trainer saves a checkpoint, then ends
-                process.wait()
-                raise
-        if process.returncode == 130:
-            raise UserError(f"{job.name} was stopped and has saved its state — the same command goes on with it")
+                with Interrupt() as interrupt:
+                    while process.poll() is None and not interrupt.requested:
+                        time.sleep(POLL_S)
+                        yield last_row(run_dir)
+            finally:
+                if process.poll() is None:
+                    process.terminate()  # the trainer saves a checkpoint, then ends
+                    process.wait()
+        if process.returncode in (130, -signal.SIGTERM):  # before its first step it has nothing to save
+            raise UserError(f"{job.name} was stopped and its state is saved — the same command goes on with it")
         if process.returncode:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
             reason = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
