@@ -7,7 +7,7 @@ from tiny_run import tiny_config
 
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
-from cramfast.loader import Batch, BatchSource
+from cramfast.loader import Batch
 from cramfast.model import Encoder
 from cramfast.optim import AdamW, FlatParameters
 from cramfast.prepare import prepare
@@ -121,8 +121,8 @@ def prepared(tmp_path_factory):
 
 
 def sources(prepared, name: str):
-    options = {"sequence_len": 32, "batch_tokens": 512, "seed": 0}
-    return BatchSource(prepared, **options), Variant((name,)).source(prepared, **options)
+    config = TrainConfig(sequence_len=32, microbatch_tokens=512, seed=0)
+    return Variant(()).batches(config, prepared), Variant((name,)).batches(config, prepared)
 
 
 def test_padding_holds_a_sequence_for_every_slot(prepared):
@@ -156,7 +156,7 @@ def test_every_claim_names_switches_that_combine():
         for claim in claims_of(TrainConfig(device=device, dtype="float32")):
             for names in (claim.on, claim.off):
                 variant = Variant(names)
-                assert issubclass(variant.encoder, Encoder) and issubclass(variant.source, BatchSource)
+                assert issubclass(variant.encoder, Encoder) and issubclass(variant.optimizer, AdamW)
     assert {name for claim in claims_of(TrainConfig(device="cuda", dtype="float16")) for name in claim.off} <= set(
         SWITCHES
     )

@@ -186,8 +186,7 @@ def expand(plan: Plan, data: Path, device: str, threads: int = 0, dtype: str = "
     Raises:
         UserError: a shape, key or value that cannot be, or the same run twice.
     """
-    base = replace(recipe(plan.preset, device), data=(str(data),), device=device, threads=threads, dtype=dtype)
-    base = resolve(with_settings(base, plan.settings, plan.name))
+    base = resolve(replace(base_config(plan, device), data=(str(data),), threads=threads, dtype=dtype))
     runs: dict[str, Run] = {}
     for number, size in enumerate(plan.sizes):
         require(bool(size.shapes and size.tokens and size.seeds), f"plan {plan.name}: an empty size", "name its shapes")
@@ -207,17 +206,18 @@ def expand(plan: Plan, data: Path, device: str, threads: int = 0, dtype: str = "
     return sorted(runs.values(), key=lambda run: run.tokens * parameters(run.config.model)[1])
 
 
-def with_settings(config: TrainConfig, settings: dict[str, Any], where: str) -> TrainConfig:
-    """The config with other values for some keys.
+def base_config(plan: Plan, device: str) -> TrainConfig:
+    """What all runs of a plan have in common: its recipe with other values for some keys.
 
     Raises:
         UserError: a key that it does not have, or that the plan sets itself.
     """
-    own = {"model", "data", "budget", "seed", "lr", "preset", "device", "dtype", "threads"}
+    config = replace(recipe(plan.preset, device), device=device)
+    own = {"model", "data", "budget", "seed", "lr", "preset", "device", "dtype", "threads", "curation"}
     known = {f.name for f in fields(config)} - own
-    for key in settings:
-        require(key in known, f"plan {where}: settings.{key}", f"use one of {', '.join(sorted(known))}")
-    return replace(config, **settings)
+    for key in plan.settings:
+        require(key in known, f"plan {plan.name}: settings.{key}", f"use one of {', '.join(sorted(known))}")
+    return replace(config, **plan.settings)
 
 
 def flags(config: TrainConfig) -> list[str]:

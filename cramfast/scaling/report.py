@@ -11,9 +11,9 @@ import tyro
 
 from cramfast.errors import UserError
 from cramfast.evaluate.results import write_text
+from cramfast.page import document
+from cramfast.page import table as html_table
 from cramfast.record import read_json, short, span
-from cramfast.report import STYLE
-from cramfast.report import table as html_table
 from cramfast.scaling import claims, fit, plots
 from cramfast.scaling.optimum import budget_name
 from cramfast.scaling.table import TABLE, read_table
@@ -84,11 +84,7 @@ def render(name: str, rows: list[dict], found: dict, judged: dict, pictures: dic
     if judged:
         parts += ["<h2>Claims</h2>", *section(claims.table(judged)), *picture(pictures, "claims")]
     parts += ["<details><summary>All runs</summary>", all_runs(rows), "</details>"]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<title>{escape(name)} · cramfast scaling</title>'
-        f"<style>{STYLE}{PICTURES}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    return document(f"{name}, scaling", parts, PICTURES)
 
 
 def subtitle(rows: list[dict]) -> str:

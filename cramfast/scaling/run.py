@@ -13,7 +13,6 @@ from cramfast.errors import UserError
 from cramfast.prepare import prepare
 from cramfast.progress import Stages
 from cramfast.recipes import choose_device
-from cramfast.recipes import recipe as recipe_of
 from cramfast.record import short, span
 from cramfast.scaling import plan as plans
 from cramfast.scaling import table
@@ -166,8 +165,12 @@ class Arguments:
             self.describe(stored, console)
             return stored
         with Stages() as stages:
-            vocabulary = recipe_of(plan.preset, device).model.vocab_size
-            prepared = prepare(self.data, None, vocab_size=vocabulary, progress=stages)
+            base = plans.base_config(plan, device)
+            prepared = prepare(
+                self.data, None, tokenizer=base.tokenizer, vocab_size=base.model.vocab_size,
+                heldout_fraction=base.heldout_fraction, documents=base.documents, text_key=base.text_key,
+                curation=base.curation, progress=stages,
+            )  # fmt: skip
             runs = plans.expand(plan, prepared, device, self.threads, self.dtype)
             found = calibrate({run.shape: run.config for run in runs}, prepared, stages)
             smallest = min(runs, key=lambda run: plans.parameters(run.config.model))

@@ -33,10 +33,7 @@ class Stepper:
     def __init__(self, config: TrainConfig, prepared: Path, variant: Variant = Variant(())):  # noqa: B008
         self.variant, self.config, self.prepared = variant, variant.config(config), prepared
         config, self.device = self.config, torch.device(config.device)
-        self.source = variant.source(
-            prepared, "train", sequence_len=config.sequence_len, batch_tokens=config.microbatch_tokens,
-            seed=config.seed, masking=config.masking,
-        )  # fmt: skip
+        self.source = variant.batches(config, prepared)
         torch.manual_seed(config.seed)
         self.model = variant.encoder(config.model).to(self.device)
         self.optimizer = variant.optimizer(
@@ -52,7 +49,7 @@ class Stepper:
 
     def step(self) -> tuple[int, int]:
         """One update of the full batch; (tokens of it that are not padding, all of them)."""
-        config, tokens = self.config, 0
+        config, tokens, slots = self.config, 0, 0
         microbatches = schedule.microbatches(1.0, config.microbatch_tokens, config.batch_tokens, 0.0)
         allow_half_accumulation(config.half_accumulation)  # of the whole process, and the other side differs
         with self.variant.kernels(config.device):
@@ -60,9 +57,9 @@ class Stepper:
             for _ in range(microbatches):
                 batch = self.source.batch(0, self.index % self.source.batches(0), config.mask_fraction)
                 self.microbatch.run(to_device(batch, self.device))
-                tokens, self.index = tokens + batch.tokens, self.index + 1
+                tokens, slots, self.index = tokens + batch.tokens, slots + len(batch.ids_N), self.index + 1
             self.optimizer.step(TIMED_LR, self.microbatch.loss_sum, microbatches)
-        return tokens, microbatches * self.source.batch_tokens
+        return tokens, slots
 
     def turn(self, seconds: float) -> tuple[float, float]:
         """Train for at least so long; (useful tokens, slots) a second."""

@@ -27,10 +27,7 @@ def install(variant: Variant) -> None:
     train.Encoder, train.AdamW = variant.encoder, variant.optimizer
 
     def source(config: TrainConfig, prepared: Path, microbatch_tokens: int):
-        return variant.source(
-            prepared, "train", sequence_len=config.sequence_len, batch_tokens=microbatch_tokens,
-            seed=config.seed, masking=config.masking,
-        )  # fmt: skip
+        return variant.batches(replace(config, microbatch_tokens=microbatch_tokens), prepared)
 
     def heldout(config: TrainConfig, prepared: Path, device):
         return heldout_batches(replace(config, sequence_len=HELDOUT_LENGTH), prepared, device)

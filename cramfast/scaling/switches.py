@@ -7,6 +7,7 @@ batch source, of the optimizer. The trainer knows none of them; switched.py puts
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from cramfast import kernels, pack
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
+from cramfast.feed import training_source
 from cramfast.kernels import dispatch, reference
 from cramfast.kernels.linear import linear
-from cramfast.loader import BatchSource
+from cramfast.loader import BatchSource, Source
 from cramfast.model import Encoder, SelectRows
 from cramfast.optim import AdamW
 
@@ -273,9 +275,21 @@ class Variant:
     def encoder(self) -> type[Encoder]:
         return self._class("encoder", Encoder)
 
-    @property
-    def source(self) -> type[BatchSource]:
-        return self._class("source", BatchSource)
+    def batches(self, config: TrainConfig, prepared: Path) -> Source:
+        """Training microbatches; only those of a switch differ from feed.training_source.
+
+        Raises:
+            UserError: a switch that lays out the text, in a config whose sequences grow.
+        """
+        replaced = self._class("source", BatchSource)
+        if replaced is BatchSource:
+            return training_source(config, prepared, config.microbatch_tokens)
+        if config.short_sequence_len:
+            raise UserError(f"switch {self.names[0]} with short_sequence_len: not possible — set it to 0 in the plan")
+        return replaced(
+            prepared, "train", sequence_len=config.sequence_len, batch_tokens=config.microbatch_tokens,
+            seed=config.seed, masking=config.masking, order=config.order,
+        )  # fmt: skip
 
     @property
     def optimizer(self) -> type[AdamW]:
