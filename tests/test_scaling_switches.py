@@ -63,14 +63,14 @@ def test_loss_and_gradients_are_those_of_our_encoder(names, changes):
 
 def test_biases_are_used_and_trained():
     model, made = model_of(("biases",)), batch((32, 7))
-    before = float(model.loss(made))
+    before = float(model.loss(made).detach())
     biases = {name: p for name, p in model.named_parameters() if "_bias" in name}
     assert len(biases) == 4 * 3
     model.loss(made).backward()
     assert all(float(p.grad.abs().max()) > 0 for p in biases.values())
     for p in biases.values():
         torch.nn.init.normal_(p)
-    assert abs(float(model.loss(made)) - before) > 1e-3
+    assert abs(float(model.loss(made).detach()) - before) > 1e-3
 
 
 def test_dropout_is_in_training_only():
@@ -132,7 +132,8 @@ def test_padding_holds_a_sequence_for_every_slot(prepared):
     assert len(made.ids_N) == 512 and int((lengths > 0).sum()) == len(lengths) == 512 // 32
     assert int(lengths.sum()) == made.tokens < 0.95 * 512 and (made.ids_N[made.tokens :] == 0).all()
     predicted = made.masked_index_M[made.target_M >= 0]
-    assert len(predicted) == pytest.approx(0.3 * made.tokens, abs=2) and int(predicted.max()) < made.tokens
+    wanted = min(len(made.target_M), round(0.3 * made.tokens))
+    assert len(predicted) == pytest.approx(wanted, abs=2) and int(predicted.max()) < made.tokens
     assert len(made.target_M) < 0.3 * 512  # padding is not predicted
 
 

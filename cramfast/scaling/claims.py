@@ -16,7 +16,7 @@ import tyro
 
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
-from cramfast.evaluate.results import write_text
+from cramfast.page import write_page
 from cramfast.record import span
 from cramfast.runfolder import cpu_name
 from cramfast.scaling.fit import laws_of, read_fit
@@ -308,6 +308,6 @@ class Arguments:
         ]  # fmt: skip
         about = {"shape": run.shape, "dtype": config.dtype, "device": processor(config), "tokens": tokens_of(rows)}
         result = {"settings": asdict(options) | about, "claims": entries}
-        write_text(self.folder / CLAIMS_FILE, json.dumps(result, indent=1) + "\n")
+        write_page(self.folder / CLAIMS_FILE, json.dumps(result, indent=1) + "\n")
         table(result).show(console)
         console.print(f"written: {self.folder / CLAIMS_FILE}", markup=False, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from cramfast.errors import UserError
-from cramfast.evaluate.results import write_text
+from cramfast.page import write_page
 from cramfast.record import short
 from cramfast.scaling import law as laws
 from cramfast.scaling.law import Law, Points, interval
@@ -20,6 +20,7 @@ from cramfast.scaling.table import TABLE, read_table
 from cramfast.scoretable import ScoreTable
 
 FIT_FILE = "fit.json"
+LEAST_FLOOR = 0.05  # nats; no text is that predictable
 COUNTS = {"total": "parameters", "body": "body_parameters"}
 
 
@@ -144,6 +145,11 @@ def law_table(found: dict[str, Any]) -> ScoreTable:
         "Intervals: 95 % of resampled runs. The constants hang together; their wide intervals leave predictions inside "
         "the measured range narrow.",
     ]
+    if found["intervals"]["E"][0] < LEAST_FLOOR:
+        notes.append(
+            "E cannot be told from zero: these runs are too small or too short to show where the loss ends, so that "
+            "losses expected far beyond them are too low or too high."
+        )
     return ScoreTable("L(N, D) = E + A / N^alpha + B / D^beta", ["constant", "value", "95 % interval"], rows, notes)
 
 
@@ -221,7 +227,7 @@ class Arguments:
             UserError: no table, or runs that no law can be fitted to.
         """
         found = fit_folder(self.folder, self.options)
-        write_text(self.folder / FIT_FILE, json.dumps(found, indent=1) + "\n")
+        write_page(self.folder / FIT_FILE, json.dumps(found, indent=1) + "\n")
         for table in tables(found):
             table.show(console)
         console.print(f"written: {self.folder / FIT_FILE}", markup=False, highlight=False, soft_wrap=True)

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from cramfast.errors import UserError
-from cramfast.evaluate.results import write_text
-from cramfast.page import document
+from cramfast.page import document, write_page
 from cramfast.page import table as html_table
 from cramfast.record import read_json, short, span
 from cramfast.scaling import claims, fit, plots
@@ -44,7 +43,7 @@ def write_report(folder: Path) -> list[Path]:
     pictures = {name: png for name, figure in figures(rows, found, judged).items() if (png := drawn(figure))}
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
-    write_text(folder / PAGE, render(folder.resolve().name, rows, found, judged, pictures))
+    write_page(folder / PAGE, render(folder.resolve().name, rows, found, judged, pictures))
     return [folder / PAGE, *(folder / f"{name}.png" for name in pictures)]
 
 

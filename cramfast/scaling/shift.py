@@ -2,15 +2,15 @@
 
 Geiping and Goldstein (arXiv:2212.14034, section 4) find that after the first billion tokens the shape of a transformer
 only stretches its loss curve along the axis of tokens. Here the curves are those of training loss between the warm-up
-and the decay, where the learning rate of every run is the same share of its peak; runs of one seed see the same tokens
-under the same masks, so that the noise of the data is common to them.
+and the decay, where the learning rate of every run is the same share of its peak; runs of one seed are compared, which
+see the same tokens under the same masks.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 STABLE = (0.05, 0.6)  # shares of the budget: after the trapezoid's warm-up, before its decay (cramfast/schedule.py)
 LARGEST = np.log(16.0)  # factor looked for
@@ -112,5 +112,5 @@ def confidence(values: np.ndarray, level: float = 0.95) -> tuple[float, float] |
     """Student's interval of the mean; None with fewer than two values."""
     if len(values) < 2:
         return None
-    half = student.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    half = stdtrit(len(values) - 1, (1 + level) / 2) * np.std(values, ddof=1) / np.sqrt(len(values))
     return float(np.mean(values) - half), float(np.mean(values) + half)

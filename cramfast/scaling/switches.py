@@ -132,7 +132,7 @@ class PaddedSource(BatchSource):
 
     The padding lies together at the end, where it goes through every matrix as it would behind each sequence; our
     attention passes over it, and the attention of the other switches makes its rectangle of the sequences anyway.
-    Shapes are static: room for the masked tokens of a microbatch that is a twentieth fuller than the average one.
+    Shapes are static: room for the masked tokens of a microbatch that is a tenth fuller than the average one.
     """
 
     def __init__(self, *arguments, sequence_len: int, batch_tokens: int, **more):
@@ -143,7 +143,7 @@ class PaddedSource(BatchSource):
 
     def batch(self, epoch, index, mask_fraction):
         batch = super().batch(epoch, index, mask_fraction)
-        M = round(min(1.0, 1.05 * self.useful) * mask_fraction * self.batch_tokens)
+        M = round(min(1.0, 1.1 * self.useful) * mask_fraction * self.batch_tokens)
         return replace(batch, masked_index_M=batch.masked_index_M[:M], target_M=batch.target_M[:M])
 
 
