@@ -145,7 +145,7 @@ def verdict(predicted: tuple[float, ...] | None, measured: tuple[float, ...] | N
     if predicted is None:
         return "undecided", "no fitted law: python -m cramfast.scaling fit"
     if measured is None or seeds < LEAST_SEEDS:
-        return "undecided", f"{seeds} seeds; {LEAST_SEEDS} are needed"
+        return "undecided", f"{seeds} of the {LEAST_SEEDS} seeds that it takes"
     if measured[1] > predicted[2]:
         return "refuted", "the runs gained more than throughput explains"
     if measured[2] < predicted[1]:
