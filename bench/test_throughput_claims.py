@@ -13,7 +13,7 @@ from bench import machine
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.prepare import prepare
-from cramfast.recipes import recipe, resolve
+from cramfast.recipes import resolve, starting_config
 from cramfast.scaling.claims import claims_of, gain, measure
 
 ROUNDS, ROUND_S = 7, 2.0
@@ -22,12 +22,12 @@ CLAIMS = [claim.name for claim in claims_of(TrainConfig(device="cuda", dtype="fl
 
 @pytest.fixture(scope="module")
 def setting(request):
-    """(config, prepared text) of the recipe that the device has, and the table to print at the end."""
+    """(config, prepared text) of the preset that suits the device, and the table to print at the end."""
     from rich.console import Console
     from rich.table import Table
 
     device = machine.devices(request.config.getoption("--device"))[-1]
-    config = resolve(recipe("small" if device == "cuda" else "mini", device))
+    config = resolve(starting_config("small" if device == "cuda" else "mini", None, device))
     table = Table(title=f"on {machine.description(device)['device']}, {config.dtype}", title_justify="left")
     for number, column in enumerate(("with it", "tokens/s", "tokens/s, times", "useful tokens/s, times")):
         table.add_column(column, justify="right" if number else "left")

@@ -35,9 +35,11 @@ def test_parameters_are_those_of_the_model(preset):
     import torch
 
     from cramfast.model import Encoder
-    from cramfast.recipes import recipe
+    from cramfast.recipes import starting_config
 
-    base = plans.replace(recipe(preset, "cpu").model, vocab_size=512, norm_bias=False, positions="rotary")
+    base = plans.replace(
+        starting_config(preset, None, "cpu").model, vocab_size=512, norm_bias=False, positions="rotary"
+    )
     model = plans.shaped(base, "3x64")
     with torch.device("meta"):
         built = Encoder(model)

@@ -15,9 +15,9 @@ from typing import Any
 
 from cramfast.config import ModelConfig, TrainConfig, flatten, require
 from cramfast.errors import UserError
-from cramfast.recipes import recipe, resolve
+from cramfast.recipes import resolve, starting_config
 
-REFERENCE_WIDTH, REFERENCE_LR = 256, 2e-3  # the recipe mini
+REFERENCE_WIDTH, REFERENCE_LR = 256, 2e-3  # the preset mini
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Size:
 @dataclass(frozen=True)
 class Plan:
     """Attributes:
-    preset: the recipe that all runs start from.
+    preset: what all runs start from.
     minutes: the calibrated estimate must not exceed this; else every budget is divided by the same factor. 0: no limit.
-    settings: keys of TrainConfig, as "batch_tokens", that differ from the recipe.
+    settings: keys of TrainConfig, as "batch_tokens", that differ from the preset.
     evaluations: held-out evaluations of a run, the one before its first step left out.
     """
 
@@ -134,7 +134,7 @@ PLANS: dict[str, Callable[[str], Plan]] = {make.__name__: make for make in (smok
 def learning_rate(width: int) -> float:
     """Peak learning rate: 2e-3 at width 256, falling with the root of the width.
 
-    The recipes tiny to base follow the same line to within a sixth. It is a rule, not a search: a size whose best rate
+    The presets tiny to base follow the same line to within a sixth. It is a rule, not a search: a size whose best rate
     lies elsewhere looks worse than it is.
     """
     return REFERENCE_LR * math.sqrt(REFERENCE_WIDTH / width)
@@ -207,13 +207,13 @@ def expand(plan: Plan, data: Path, device: str, threads: int = 0, dtype: str = "
 
 
 def base_config(plan: Plan, device: str) -> TrainConfig:
-    """What all runs of a plan have in common: its recipe with other values for some keys.
+    """What all runs of a plan have in common: its preset with other values for some keys.
 
     Raises:
         UserError: a key that it does not have, or that the plan sets itself.
     """
-    config = replace(recipe(plan.preset, device), device=device)
-    own = {"model", "data", "budget", "seed", "lr", "preset", "device", "dtype", "threads", "curation"}
+    config = replace(starting_config(plan.preset, None, device), device=device)
+    own = {"model", "data", "budget", "seed", "lr", "preset", "device", "dtype", "threads", "curation", "recipe"}
     known = {f.name for f in fields(config)} - own
     for key in plan.settings:
         require(key in known, f"plan {plan.name}: settings.{key}", f"use one of {', '.join(sorted(known))}")
@@ -222,7 +222,7 @@ def base_config(plan: Plan, device: str) -> TrainConfig:
 
 def flags(config: TrainConfig) -> list[str]:
     """The command line of cramfast.train that gives this config."""
-    default, words = flatten(recipe(config.preset, config.device)), ["--preset", config.preset]
+    default, words = flatten(starting_config(config.preset, None, config.device)), ["--preset", config.preset]
     for key, value in flatten(config).items():
         if key == "preset" or value == default[key]:
             continue

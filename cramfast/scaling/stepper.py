@@ -36,9 +36,10 @@ class Stepper:
         self.source = variant.batches(config, prepared)
         torch.manual_seed(config.seed)
         self.model = variant.encoder(config.model).to(self.device)
-        self.optimizer = variant.optimizer(
+        self.model.z_loss = config.z_loss
+        self.optimizer = variant.optimizer(config.optimizer)(
             FlatParameters(self.model, getattr(torch, config.dtype)), beta1=config.beta1, beta2=config.beta2,
-            eps=config.adam_eps, weight_decay=config.weight_decay, max_norm=config.max_norm,
+            eps=config.adam_eps, weight_decay=config.weight_decay, max_norm=config.max_norm, ema_decay=config.ema_decay,
         )  # fmt: skip
         with variant.kernels(config.device):
             captured = microbatch.graph_choice(config)[0]

@@ -24,7 +24,8 @@ def install(variant: Variant) -> None:
     The held-out set stays the one of the plan, with sequences of its length and isolated documents, so that losses
     compare between variants.
     """
-    train.Encoder, train.AdamW = variant.encoder, variant.optimizer
+    train.Encoder = variant.encoder
+    train.OPTIMIZERS = train.OPTIMIZERS | {"adamw": variant.optimizer("adamw")}
 
     def source(config: TrainConfig, prepared: Path, microbatch_tokens: int):
         return variant.batches(replace(config, microbatch_tokens=microbatch_tokens), prepared)

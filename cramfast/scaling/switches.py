@@ -22,8 +22,10 @@ from cramfast.kernels import dispatch, reference
 from cramfast.kernels.linear import linear
 from cramfast.loader import BatchSource, Source
 from cramfast.model import Encoder, SelectRows
-from cramfast.optim import AdamW
+from cramfast.muon import Muon
+from cramfast.optim import AdamW, StableAdamW
 
+OPTIMIZERS = {"stable_adamw": StableAdamW, "muon": Muon}  # beside AdamW, as in train.py
 DROPOUT = 0.1  # BERT's
 LONG = 512  # BERT's sequence length
 
@@ -76,7 +78,7 @@ class DensePrediction(Encoder):
         target_N = torch.full_like(batch.ids_N, -100, dtype=torch.int64)
         target_N[batch.masked_index_M] = batch.target_M
         decoder_VD = self.embeddings.tok_embeddings.weight
-        return kernels.masked_cross_entropy(self.transform(hidden_ND), decoder_VD, target_N)
+        return kernels.masked_cross_entropy(self.transform(hidden_ND), decoder_VD, target_N, self.z_loss)
 
 
 class MaterialisedScores(Encoder):
@@ -165,40 +167,37 @@ class PerTensorAdamW(AdamW):
 
     def __init__(self, flat, **options):
         super().__init__(flat, **options)
-        views = [dict(flat.views(buffer)) for buffer in (flat.master, flat.grad, self.exp_avg, self.exp_avg_sq)]
-        groups = [{"params": [], "weight_decay": float(decay)} for decay in self.segment_decay]
-        self.parameters, self.gradients, self.halves = [], [], []
+        masters, gradients, means, squares = (
+            dict(flat.views(buffer)) for buffer in (flat.master, flat.grad, self.exp_avg, self.exp_avg_sq)
+        )
+        groups = [{"params": [], "weight_decay": self.weight_decay}, {"params": [], "weight_decay": 0.0}]
+        self.parameters, self.gradients, self.halves = [], list(gradients.values()), []
         for name, (begin, shape) in flat.places.items():
-            parameter = nn.Parameter(views[0][name])
+            parameter = nn.Parameter(masters[name])
             groups[begin >= flat.matrices_end]["params"].append(parameter)
             self.parameters.append(parameter)
-            self.gradients.append(views[1][name])
             if flat.half is not None and begin < flat.matrices_end:
                 self.halves.append(flat.half[begin : begin + shape.numel()].view(shape))
-        betas = (options["beta1"], options["beta2"])
-        self.torch = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=options["eps"])
+        self.torch = torch.optim.AdamW(groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps)
         for parameter, name in zip(self.parameters, flat.places, strict=True):
-            moments = {"exp_avg": views[2][name], "exp_avg_sq": views[3][name]}
-            self.torch.state[parameter] = {"step": self.scalars[1].cpu().clone(), **moments}
+            step = self.scalars[1].cpu().clone()
+            self.torch.state[parameter] = {"step": step, "exp_avg": means[name], "exp_avg_sq": squares[name]}
 
-    @torch.no_grad()
-    def step(self, lr, loss_sum, microbatches):
-        scale, clip = self.loss_scale, self.options["max_norm"]
+    def update(self):
+        lr, step, inverse_scale = self.scalars[:3].tolist()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient.div_(scale.value * microbatches)
-            self.torch.state[parameter]["step"].copy_(self.scalars[1])
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip if clip > 0 else float("inf"))
-        skipped = not bool(torch.isfinite(norm + loss_sum))
-        if not skipped:
+            parameter.grad = gradient.mul_(inverse_scale)
+            self.torch.state[parameter]["step"].fill_(step)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm or float("inf"))
+        finite = bool(torch.isfinite(norm))
+        if finite:
             for group in self.torch.param_groups:
                 group["lr"] = lr
             self.torch.step()
             self.scalars[1] += 1
-        self.scalars[0], self.scalars[3], self.scalars[4] = lr, norm, float(skipped)
+        self.scalars[3], self.scalars[4] = norm, float(not finite)
         for half, parameter in zip(self.halves, self.parameters, strict=False):  # the matrices stand first
             half.copy_(parameter)
-        self.flat.grad.zero_()
-        scale.update(self.scalars[4])
 
 
 @dataclass(frozen=True)
@@ -260,6 +259,8 @@ class Variant:
     def config(self, config: TrainConfig) -> TrainConfig:
         """The config with the switches' values."""
         changes = {key: value for switch in self.switches for key, value in switch.config.items()}
+        if config.optimizer != "adamw" and any(switch.optimizer for switch in self.switches):
+            raise UserError(f"a switch of AdamW with optimizer={config.optimizer}: not possible — plan with adamw")
         pairs = tuple(f"{op}={name}" for switch in self.switches for op, name in switch.kernels)
         return replace(config, **(changes | {"kernels": config.kernels + pairs}))
 
@@ -291,9 +292,9 @@ class Variant:
             seed=config.seed, masking=config.masking, order=config.order,
         )  # fmt: skip
 
-    @property
-    def optimizer(self) -> type[AdamW]:
-        return self._class("optimizer", AdamW)
+    def optimizer(self, name: str) -> type[AdamW]:
+        """The class that config.optimizer names, or what a switch puts in AdamW's place."""
+        return self._class("optimizer", AdamW) if name == "adamw" else OPTIMIZERS[name]
 
     @contextmanager
     def kernels(self, device: str) -> Iterator[None]:
