@@ -6,6 +6,7 @@ is measured here, never asserted.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -47,6 +48,8 @@ def test_throughput(place, setting, smoke):
         table.add_row(claim.name, "", "", why)
         pytest.skip(why)
     rounds, seconds = (2, 0.05) if smoke else (ROUNDS, ROUND_S)
+    if smoke:
+        config = replace(config, microbatch_tokens=512, batch_tokens=512)
     rates = measure(claim, config, prepared, rounds, seconds)
     assert all(math.isfinite(rate) and rate > 0 for rate in (*rates.useful_on, *rates.useful_off))
     assert abs(rates.parameters_on / rates.parameters_off - 1) < 0.01, "not at a constant number of parameters"
