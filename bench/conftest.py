@@ -20,6 +20,7 @@ def pytest_addoption(parser):
     parser.addoption("--smoke", action="store_true", help="two rounds of the smallest shape: does it run at all")
     parser.addoption("--ours-only", action="store_true", help="without peers: rows for python -m bench.choose")
     parser.addoption("--sizes", default="", help="change these in every shape that has them, as 'D=256 F=512'")
+    parser.addoption("--text", action="append", default=[], help="text of test_throughput_claims.py, as --data")
     parser.addoption("--results", type=Path, help="append one JSON line for every number to this file")
 
 

@@ -227,13 +227,21 @@ class Encoder(nn.Module):
     def attend(self, layer: Layer, y_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """(N, D) values mixed by the attention of all heads, before the output matrix."""
         config = self.config
-        qkv_N3HK = linear(y_ND, layer.attn.Wqkv.weight).view(-1, 3, config.heads, config.width // config.heads)
+        qkv_N3HK = self.qkv(layer, y_ND).view(-1, 3, config.heads, config.width // config.heads)
         rotary = None
         if config.positions == "rotary":
             cos, sin = (self.global_cos, self.global_sin) if layer.is_global else (self.local_cos, self.local_sin)
             rotary = (cos[:max_seqlen], sin[:max_seqlen])
         window = None if layer.is_global else config.window // 2
-        return kernels.varlen_attention(qkv_N3HK, cu_seqlens, max_seqlen, rotary=rotary, window=window).flatten(1)
+        return self.attention(qkv_N3HK, cu_seqlens, max_seqlen, rotary, window).flatten(1)
+
+    def qkv(self, layer: Layer, y_ND: Tensor) -> Tensor:
+        """(N, 3 D) queries, keys and values of all heads."""
+        return linear(y_ND, layer.attn.Wqkv.weight)
+
+    def attention(self, qkv_N3HK: Tensor, cu_seqlens: Tensor, max_seqlen: int, rotary, window: int | None) -> Tensor:
+        """(N, H, K), as kernels.varlen_attention."""
+        return kernels.varlen_attention(qkv_N3HK, cu_seqlens, max_seqlen, rotary=rotary, window=window)
 
     def drop(self, x_ND: Tensor) -> Tensor:
         """Dropout of the embedding and of each block's output, in training mode and if there is any."""

@@ -107,7 +107,7 @@ turing() {
 bench() {
   local chosen=()
   ((REHEARSE)) && chosen=(--smoke -k glu-0-float32)
-  "$PYTHON" -m pytest bench/ --device "$DEVICE" --results "$OUT/operators.jsonl" "${chosen[@]}"
+  "$PYTHON" -m pytest bench/test_kernels.py --device "$DEVICE" --results "$OUT/operators.jsonl" "${chosen[@]}"
 }
 
 # What dispatch may choose unasked: python -m bench.choose operators.jsonl reads these rows beside those of `bench`.
@@ -115,7 +115,7 @@ choose() {
   needs_gpu "implementations are compared on a GPU alone"
   local failed=0
   for kernels in triton cpp_fused reference; do
-    "$PYTHON" -m pytest bench/ --device cuda --kernels $kernels --ours-only --results "$OUT/operators.jsonl" || failed=1
+    "$PYTHON" -m pytest bench/test_kernels.py --device cuda --kernels $kernels --ours-only --results "$OUT/operators.jsonl" || failed=1
   done
   return $failed
 }

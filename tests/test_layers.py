@@ -46,6 +46,15 @@ def test_only_the_command_line_uses_evaluate():
         assert not {name.split(".")[0] for name in imported(path)} & {"bench", "tests", "transformers"}
 
 
+def test_only_the_command_line_uses_scaling():
+    """The trainer knows nothing of plans and switches; of them, only the one that starts it knows the trainer."""
+    for path in SOURCES.values():
+        assert path.stem == "plan" or not {n for n in imported(path) if n.startswith("cramfast.scaling")}, path.name
+    for path in (ROOT / "cramfast" / "scaling").glob("*.py"):
+        assert path.stem == "switched" or "train" not in ours(path), path.name
+        assert not {name.split(".")[0] for name in imported(path)} & {"bench", "tests", "transformers"}
+
+
 @pytest.mark.parametrize("name", ["errors", "config", "schedule", "interrupt"])
 def test_the_ground_floor_stands_alone(name):
     assert ours(SOURCES[name]) <= {"errors", "config"}

@@ -117,11 +117,11 @@ def test_the_decision_holds_the_predicted_rates_of_the_fused_matmul():
 def test_the_needed_rate_by_hand():
     """At the needed rate both ways take as long; N D = 8, N F = 16, F D = 2 values."""
     forward = fusion.Forward(N=8, D=1, F=2)
-    card = fusion.Card("slow tensor cores", bandwidth=1 / fusion.BANDWIDTH_SHARE, tensor_flops=0.05, plain_flops=1.0)
+    card = replace(CARDS[0], bandwidth=1 / fusion.BANDWIDTH_SHARE, tensor_flops=0.05)  # slow tensor cores
     library_s = forward.flops / 0.04
     assert forward.parts_s(card) == pytest.approx(8 * 8 + library_s + 6 * 16)
     fused_s = 6 * 8 + 8 * 2 + library_s / forward.needed(card)
     assert fused_s == pytest.approx(forward.parts_s(card))
-    slow_memory = fusion.Card("no arithmetic", bandwidth=card.bandwidth, tensor_flops=1e9, plain_flops=1.0)
+    slow_memory = replace(card, tensor_flops=1e9)
     assert forward.parts_s(slow_memory) == pytest.approx(8 * 8 + (2 * 8 + 4 * 2 + 4 * 16) + 6 * 16)
     assert fusion.Forward(N=1, D=8, F=8).needed(slow_memory) is None  # folding the weight alone takes longer
