@@ -207,14 +207,13 @@ def main() -> None:
     budget = choose_budget(request)
     prepared, config = stages.prepare_text(config)
     print_config(config)
-    runfolder.create(request.run_dir, config, prepared, request.replay)
-    print(f"run folder {request.run_dir}", flush=True)
     with runfolder.locked(request.run_dir):
-        finished = train(config, request.run_dir, prepared, budget)
-    if not finished:
-        print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}")
-        sys.exit(130)
-    stages.publish(request.run_dir)
+        runfolder.create(request.run_dir, config, prepared, request.replay)
+        print(f"run folder {request.run_dir}", flush=True)
+        if not train(config, request.run_dir, prepared, budget):
+            print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}")
+            sys.exit(130)
+        stages.publish(request.run_dir)
 
 
 if __name__ == "__main__":

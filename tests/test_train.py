@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import fake_loader
 import pytest
@@ -13,6 +14,7 @@ from cramfast import commandline, feed, runfolder
 from cramfast.budget import Progress, read_replay
 from cramfast.config import config_hash, differing_key, from_json, to_json
 from cramfast.errors import UserError
+from cramfast.loader import MANIFEST_KEYS
 from cramfast.model import Encoder
 from cramfast.recipes import resolve
 from cramfast.train import advance
@@ -178,21 +180,41 @@ def test_a_folder_in_use_is_refused(finished, tmp_path):
     with pytest.raises(UserError, match="--resume"):
         parsed("--run-dir", str(finished))
     (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"), runfolder.locked(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("place", ["/proc/cannot", "/dev/null", "/dev/null/below"])
+def test_a_folder_that_cannot_be_made_is_named(place):
+    with pytest.raises(UserError, match=rf"^{place}: cannot be written .*--run-dir"), runfolder.locked(Path(place)):
+        pass
+
+
+def test_a_run_in_the_current_folder_after_a_kill_before_its_config(tmp_path, monkeypatch):
+    run, text = tmp_path / "run", tmp_path / "text"
+    for folder in (run, text):
+        folder.mkdir()
+    for name in (".lock", ".config.json.partial"):
+        (run / name).touch()
     for name in runfolder.COPIED:
-        (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match="not empty"):
-        runfolder.create(tmp_path, small_config(), tmp_path)
+        (text / name).touch()
+    monkeypatch.chdir(run)
+    with runfolder.locked(Path(".")):
+        runfolder.create(Path("."), small_config(), text)
+    assert {path.name for path in run.iterdir()} == {".lock", "config.json", *runfolder.COPIED}
 
 
 def test_resume_keeps_the_values_of_its_run(finished, tmp_path):
     request = parsed("--resume", str(finished), "--budget", "9h")
     assert request.resuming and request.run_dir == finished and request.config.budget == "9h"
+    text = dict.fromkeys(MANIFEST_KEYS, 1) | {"version": 1}
     for name in runfolder.COPIED:
-        (tmp_path / name).write_text('{"version": 1, "files": {"train.ids": 1}}')
+        (tmp_path / name).write_text(json.dumps(text | {"files": {"train.ids": 1}}))
     runfolder.create(finished, request.config, tmp_path)
     with pytest.raises(UserError, match=r"lr=0\.7 but the run began with 0\.003"):
         runfolder.create(finished, parsed("--resume", str(finished), "--lr", "0.7").config, tmp_path)
-    (tmp_path / "manifest.json").write_text('{"version": 1, "files": {"train.ids": 2}}')
+    (tmp_path / "manifest.json").write_text(json.dumps(text | {"files": {"train.ids": 2}}))
     with pytest.raises(UserError, match="not the one"):
         runfolder.create(finished, request.config, tmp_path)
 
