@@ -20,7 +20,7 @@ class ModelConfig:
     """The encoder; every choice but `positions="sinusoidal"` and `first_norm` exists in stock ModernBERT."""
 
     vocab_size: int = 32768
-    """Entries of the vocabulary, a multiple of 64."""
+    """Entries of the vocabulary, a multiple of 64; a run has fewer where its text does not yield as many."""
     layers: int = 16
     width: int = 768
     heads: int = 12

@@ -205,12 +205,12 @@ def main() -> None:
     stages.choose_kernels(config, request.run_dir if request.resuming else request.replay)
     stages.print_graph(config)
     budget = choose_budget(request)
-    prepared, config = stages.prepare_text(config)
-    print_config(config)
+    prepared, fitted = stages.prepare_text(config)
+    print_config(fitted)
     with runfolder.locked(request.run_dir):
         runfolder.create(request.run_dir, config, prepared, request.replay)
         print(f"run folder {request.run_dir}", flush=True)
-        if not train(config, request.run_dir, prepared, budget):
+        if not train(fitted, request.run_dir, prepared, budget):
             print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}")
             sys.exit(130)
         stages.publish(request.run_dir)

@@ -121,6 +121,19 @@ def test_kill_9_of_the_command_at_any_moment_costs_no_bit(trained):
     assert [row["loss"] for row in rows(folder / "whole")] == [row["loss"] for row in rows(folder / "killed")]
 
 
+def test_a_run_on_little_text_is_resumed_from_anywhere(tmp_path):
+    """Two lines yield fewer entries than were asked for, and they are named from another folder."""
+    (tmp_path / "two.txt").write_text(f"{TEXT}\n\n{TEXT[::-1]}\n")
+    budget = ["--microbatch-tokens", "512", "--batch-tokens", "512", "--heldout-tokens", "512", "--budget", "3steps"]
+    result = train(tmp_path, "--data", "two.txt", "--run-dir", "run", *SMALL, *budget)
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "cache", tmp_path / "elsewhere" / "cache")
+    result = train(tmp_path / "elsewhere", "--resume", "../run", "--budget", "5steps")
+    assert result.returncode == 0, result.stderr
+    assert saved_step(tmp_path / "run") == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
