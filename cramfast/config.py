@@ -11,8 +11,12 @@ from typing import Any, Literal
 
 from cramfast.errors import UserError
 
-# Keys that may change when a run is resumed: they move no weight of a step, only how many steps there are or who looks.
-HARMLESS_KEYS = ("budget", "eval_interval", "checkpoint_interval", "threads", "graph", "profile_steps", "nvtx")
+# Keys that may change when a run is resumed: how many steps there are, who looks, and where the text and its tokenizer
+# lie, whose contents runfolder.create compares. With another number of threads torch may split a sum differently, and
+# the last bits of what follows differ.
+HARMLESS_KEYS = (
+    "budget", "eval_interval", "checkpoint_interval", "threads", "graph", "profile_steps", "nvtx", "data", "tokenizer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | No
     resume follows it too.
 
     Raises:
-        UserError: config or text changed since the run began, or the disk refuses.
+        UserError: config or text changed since the run (or the replayed one) began, or the disk refuses.
     """
     stored = run_dir / "config.json"
     if stored.exists():
@@ -108,9 +108,9 @@ def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | No
                 f"{run_dir}: {key}={flatten(config)[key]!r} but the run began with {flatten(old)[key]!r} — "
                 "a resumed run keeps its values; start a new run to change them"
             )
-        manifest = run_dir / "manifest.json"
-        if manifest.exists() and read_manifest(run_dir)["files"] != read_manifest(prepared)["files"]:
-            raise UserError(f"{run_dir}: the text in {prepared} is not the one the run began with — start a new run")
+    for run in filter(None, (run_dir, replay)):
+        if (run / "manifest.json").exists() and read_manifest(run)["files"] != read_manifest(prepared)["files"]:
+            raise UserError(f"{run}: the text in {prepared} is not the one the run began with — start a new run")
     with refusals_named(run_dir):
         atomic.write_text(stored, json.dumps(to_json(config), indent=1))
         checkpoint.sweep(run_dir)

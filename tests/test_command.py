@@ -1,5 +1,6 @@
 """python -m cramfast.train from text to report and export, as a user starts it."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,28 +32,42 @@ SMALL = [
 SHORT = ["--microbatch-tokens", "1024", "--batch-tokens", "1024", "--heldout-tokens", "2048", "--budget", "12steps"]
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
+def command(folder: Path, *arguments: str) -> dict:
+    """What subprocess needs to train there."""
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    command = [sys.executable, "-m", "cramfast.train", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+    return {
+        "args": [sys.executable, "-m", "cramfast.train", *arguments],
+        "cwd": folder,
+        "env": environment,
+        "text": True,
+    }
 
 
 def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    process = start(folder, *arguments)
-    output, errors = process.communicate(timeout=150)
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    return subprocess.run(**command(folder, *arguments), capture_output=True, timeout=150)
 
 
-def wait_for_checkpoint(process: subprocess.Popen, run: Path, step: int) -> None:
-    """Until the process has saved a step beyond this one."""
-    while process.poll() is None and (checkpoint.newest(run) is None or saved_step(run) <= step):
+@contextlib.contextmanager
+def training(folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
+    """A process that trains beside the test, dead at the end."""
+    with (folder / "output.txt").open("w") as output:
+        with subprocess.Popen(**command(folder, *arguments), stdout=output, stderr=output) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Until the process has saved this step or a later one."""
+    while process.poll() is None and saved_step(run) < step:
         time.sleep(0.002)
-    assert process.poll() is None, process.communicate()[1]
+    assert saved_step(run) >= step, (run.parent / "output.txt").read_text()
 
 
 def saved_step(run: Path) -> int:
-    return int(checkpoint.newest(run).name[-8:])
+    newest = checkpoint.newest(run)
+    return int(newest.name[-8:]) if newest else 0
 
 
 @pytest.fixture(scope="module")
@@ -86,52 +102,38 @@ def test_resumed_with_a_larger_budget(trained):
 
 def test_a_refused_second_process_leaves_the_first_alone(trained):
     folder, run = trained[0], trained[0] / "busy"
-    always = ["--budget", "100000steps", "--checkpoint-interval", "0.001"]
-    first = start(folder, "--data", "text.txt", "--run-dir", "busy", *SMALL, *SHORT[:-2], *always)
-    wait_for_checkpoint(first, run, 0)
-    config = (run / "config.json").read_bytes()
-    second = train(folder, "--resume", "busy", "--budget", "7steps")
-    assert second.returncode == 2 and "another process is training here" in second.stderr
-    assert (run / "config.json").read_bytes() == config
-    wait_for_checkpoint(first, run, saved_step(run) + 1)
-    first.send_signal(signal.SIGTERM)
-    output, errors = first.communicate(timeout=60)
-    assert first.returncode == 130 and "--resume busy" in output, errors
+    always = ["--budget", "100000steps", "--checkpoint-interval", "1e-9"]
+    with training(folder, "--data", "text.txt", "--run-dir", "busy", *SMALL, *SHORT[:-2], *always) as first:
+        wait_for_step(first, run, 1)
+        config = (run / "config.json").read_bytes()
+        second = train(folder, "--resume", "busy", "--budget", "7steps")
+        assert second.returncode == 2 and "another process is training here" in second.stderr
+        assert (run / "config.json").read_bytes() == config
+        wait_for_step(first, run, saved_step(run) + 2)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 130
+    assert "go on with: python -m cramfast.train --resume busy" in (folder / "output.txt").read_text()
 
 
 def test_kill_9_of_the_command_at_any_moment_costs_no_bit(trained):
-    """Five lives, killed where chance has it; lock, create and the reading thread are the real ones."""
-    folder, chance, step = trained[0], random.Random(1), 0
-    arguments = ["--data", "text.txt", *SMALL, *SHORT[:-2], "--budget", "600steps"]
-    whole = start(folder, *arguments, "--run-dir", "whole")
-    for life in range(5):
-        run = ["--resume", "killed"] if life else [*arguments, "--run-dir", "killed", "--checkpoint-interval", "1e-9"]
-        process = start(folder, *run)
-        wait_for_checkpoint(process, folder / "killed", step)
-        time.sleep(chance.uniform(0.0, 0.3))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        process.communicate()
-        step = saved_step(folder / "killed")
-    last = train(folder, "--resume", "killed")
-    assert last.returncode == 0, last.stderr
-    assert whole.wait() == 0, whole.communicate()[1]
-    assert step < 600 == saved_step(folder / "killed")
-    assert same_bits(weights(folder / "whole"), weights(folder / "killed"))
-    assert [row["loss"] for row in rows(folder / "whole")] == [row["loss"] for row in rows(folder / "killed")]
-
-
-def test_a_run_on_little_text_is_resumed_from_anywhere(tmp_path):
-    """Two lines yield fewer entries than were asked for, and they are named from another folder."""
-    (tmp_path / "two.txt").write_text(f"{TEXT}\n\n{TEXT[::-1]}\n")
-    budget = ["--microbatch-tokens", "512", "--batch-tokens", "512", "--heldout-tokens", "512", "--budget", "3steps"]
-    result = train(tmp_path, "--data", "two.txt", "--run-dir", "run", *SMALL, *budget)
-    assert result.returncode == 0, result.stderr
-    (tmp_path / "elsewhere").mkdir()
-    os.symlink(tmp_path / "cache", tmp_path / "elsewhere" / "cache")
-    result = train(tmp_path / "elsewhere", "--resume", "../run", "--budget", "5steps")
-    assert result.returncode == 0, result.stderr
-    assert saved_step(tmp_path / "run") == 5
+    """Each life ends where chance has it, the last one during the export; nothing of the run is a stand-in."""
+    folder, chance = trained[0], random.Random(1)
+    arguments = ["--data", "text.txt", *SMALL, *SHORT[:-2], "--budget", "400steps"]
+    with training(folder, *arguments, "--run-dir", "whole") as process:
+        wait_for_step(process, folder / "whole", 400)
+    run = folder / "killed"
+    for life in range(4):
+        begun = saved_step(run)
+        how = ["--resume", "killed"] if life else [*arguments, "--run-dir", "killed", "--checkpoint-interval", "1e-9"]
+        with training(folder, *how) as process:
+            wait_for_step(process, run, begun + 1 if life < 3 else 400)
+            time.sleep(chance.uniform(0.0, 0.3) if life < 3 else 0.0)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        assert life == 3 or begun < saved_step(run) < 400
+    assert same_bits(weights(folder / "whole"), weights(run))
+    assert [row["loss"] for row in rows(folder / "whole")] == [row["loss"] for row in rows(run)]
+    assert rows(folder / "whole", "heldout_loss")[-1]["heldout_loss"] == rows(run, "heldout_loss")[-1]["heldout_loss"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from fake_loader import rows, run, same_bits, small_config, weights
 
-from cramfast import commandline, feed, runfolder
+from cramfast import commandline, feed, runfolder, stages, train
 from cramfast.budget import Progress, read_replay
 from cramfast.config import config_hash, differing_key, from_json, to_json
 from cramfast.errors import UserError
@@ -132,8 +133,8 @@ def test_evaluation_is_the_loss_kernels_mean():
 def test_config_round_trip_and_hash():
     config = small_config(data=("a.txt", "b.txt"))
     assert from_json(type(config), to_json(config)) == config
-    assert config_hash(config) == config_hash(small_config(data=("a.txt", "b.txt"), budget="1h", eval_interval=3.0))
-    assert config_hash(config) != config_hash(small_config(data=("a.txt",)))
+    assert config_hash(config) == config_hash(small_config(data=("moved/a.txt", "b.txt"), budget="1h"))
+    assert config_hash(config) != config_hash(small_config(data=("a.txt", "b.txt"), seed=1))
     assert differing_key(config, small_config(data=("a.txt", "b.txt"), lr=1.0)) == "lr"
     with pytest.raises(UserError, match="unknown key 'colour'"):
         from_json(type(config), {"colour": 1})
@@ -146,8 +147,11 @@ def parsed(*args: str):
 def test_command_line_overrides_a_recipe():
     request = parsed("--preset", "tiny", "--lr", "0.5", "--model.layers", "3", "--data", "a", "b", "--device", "cpu")
     config = request.config
-    assert (config.preset, config.lr, config.model.layers, config.data) == ("tiny", 0.5, 3, ("a", "b"))
+    assert (config.preset, config.lr, config.model.layers) == ("tiny", 0.5, 3)
+    assert config.data == (os.path.abspath("a"), os.path.abspath("b"))
     assert config.dtype in ("float32", "bfloat16") and str(request.run_dir).endswith("-tiny")
+    config = parsed("--preset", "tiny", "--data", "hf:wikitext", "--tokenizer", "own.json", "--device", "cpu").config
+    assert (config.data, config.tokenizer) == (("hf:wikitext",), os.path.abspath("own.json"))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +221,25 @@ def test_resume_keeps_the_values_of_its_run(finished, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(text | {"files": {"train.ids": 2}}))
     with pytest.raises(UserError, match="not the one"):
         runfolder.create(finished, request.config, tmp_path)
+    with pytest.raises(UserError, match="not the one"):
+        runfolder.create(tmp_path / "again", request.config, tmp_path, replay=finished)
+
+
+def test_a_run_on_little_text_is_resumed_from_another_folder(tmp_path, monkeypatch):
+    """Two lines yield fewer entries than were asked for, and are named as they lie in the first folder."""
+    (tmp_path / "two.txt").write_text("one line of text\n\nand another line of it\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sizes = []
+    monkeypatch.setattr(train, "train", lambda config, *_: sizes.append(config.model.vocab_size) or True)
+    monkeypatch.setattr(stages, "publish", lambda run_dir: None)
+    first = ["--preset", "tiny", "--data", "two.txt", "--run-dir", "run", "--device", "cpu"]
+    for folder, arguments in ((tmp_path, first), (tmp_path / "elsewhere", ["--resume", "../run"])):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("sys.argv", ["train", *arguments])
+        train.main()
+    assert sizes[0] == sizes[1] < 512
+    assert len(list((tmp_path / "cache" / "cramfast" / "prepared").iterdir())) == 1
 
 
 def test_auto_resumes_what_is_there(finished, tmp_path, monkeypatch):
