@@ -100,7 +100,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
                 previous = checkpoint.save(run_dir, optimizer, {"progress": asdict(progress), **fixed})
                 saved = progress.seconds
         progress, _ = settle(ledger, progress, log, run, previous)
-        if budget.fraction(progress) >= 1 and evaluated < progress.seconds:
+        if budget.fraction(progress) >= 1 and log.evaluated != progress.step:
             log.evaluation(progress, *evaluate(model, heldout))
         log.sync()
         checkpoint.save(run_dir, optimizer, {"progress": asdict(progress), **fixed})
