@@ -118,19 +118,19 @@ def test_a_refused_second_process_leaves_the_first_alone(trained):
 def test_kill_9_of_the_command_at_any_moment_costs_no_bit(trained):
     """Each life ends where chance has it, the last one during the export; nothing of the run is a stand-in."""
     folder, chance = trained[0], random.Random(1)
-    arguments = ["--data", "text.txt", *SMALL, *SHORT[:-2], "--budget", "400steps"]
+    arguments = ["--data", "text.txt", *SMALL, *SHORT[:-2], "--budget", "150steps"]
     with training(folder, *arguments, "--run-dir", "whole") as process:
-        wait_for_step(process, folder / "whole", 400)
+        wait_for_step(process, folder / "whole", 150)
     run = folder / "killed"
-    for life in range(4):
+    for life in range(3):
         begun = saved_step(run)
         how = ["--resume", "killed"] if life else [*arguments, "--run-dir", "killed", "--checkpoint-interval", "1e-9"]
         with training(folder, *how) as process:
-            wait_for_step(process, run, begun + 1 if life < 3 else 400)
-            time.sleep(chance.uniform(0.0, 0.3) if life < 3 else 0.0)
+            wait_for_step(process, run, begun + 1 if life < 2 else 150)
+            time.sleep(chance.uniform(0.0, 0.15) if life < 2 else 0.0)
             process.kill()
             assert process.wait() == -signal.SIGKILL
-        assert life == 3 or begun < saved_step(run) < 400
+        assert life == 2 or begun < saved_step(run) < 150
     assert same_bits(weights(folder / "whole"), weights(run))
     assert [row["loss"] for row in rows(folder / "whole")] == [row["loss"] for row in rows(run)]
     assert rows(folder / "whole", "heldout_loss")[-1]["heldout_loss"] == rows(run, "heldout_loss")[-1]["heldout_loss"]
