@@ -129,7 +129,7 @@ def start(config: TrainConfig, source: BatchSource, clock: Clock) -> tuple[Encod
 def latest(config: TrainConfig, run_dir: Path) -> tuple[Progress, Path | None]:
     """Progress at the newest checkpoint, and that checkpoint; of a run without one, the start."""
     if previous := checkpoint.newest(run_dir):
-        return Progress(**checkpoint.read_state(previous)["progress"]), previous
+        return checkpoint.read_part(previous, "progress", Progress), previous
     return Progress(loss_scale=LossScale.START if config.dtype == "float16" else 1.0), None
 
 

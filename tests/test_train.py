@@ -164,6 +164,7 @@ def test_command_line_overrides_a_recipe():
         (["--resume", "nowhere"], "nowhere"),
         (["--resume", "a", "--replay", "b"], "one of them"),
         (["--model.heads", "5"], "heads"),
+        (["--model.pad-id", "99999"], "model.pad_id=99999"),
     ],
 )
 def test_values_that_cannot_work_are_named(args, word):
