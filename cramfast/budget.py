@@ -1,12 +1,13 @@
 """How much a run may spend, in time, tokens, FLOPs or steps, and what it has spent."""
 
-import json
 import math
 import re
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from cramfast.errors import UserError
+from cramfast.record import parse_row
 
 SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 UNITS = {**dict.fromkeys(SECONDS, "seconds"), "tokens": "tokens", "flops": "flops", "steps": "steps"}
@@ -102,17 +103,6 @@ def parse_budget(text: str) -> Budget:
     return Budget(unit, amount)
 
 
-def _readable(lines: list[str]) -> list[dict]:
-    """Rows up to the first line that a kill left unfinished."""
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
 def read_replay(metrics: Path) -> Replay:
     """Fractions and microbatch counts of every step in a run's metrics.jsonl.
 
@@ -124,9 +114,9 @@ def read_replay(metrics: Path) -> Replay:
     except OSError:
         raise UserError(f"{metrics}: not found — --replay takes the folder of a finished run") from None
     size, sizes, rows = 0, set(), []
-    for row in _readable(lines):
+    for row in takewhile(bool, map(parse_row, lines)):  # up to a line that a kill left unfinished
         size = row["run"].get("microbatch_tokens", 0) if "run" in row else size
-        if "microbatches" in row:
+        if row.keys() >= {"step", "fraction", "microbatches"}:
             rows.append(row)
             sizes.add(size)
     if not rows:

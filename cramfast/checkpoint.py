@@ -142,11 +142,23 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        if "model" not in state:
-            raise ValueError("no key 'model'")
+        if not isinstance(state, dict):
+            raise ValueError("no JSON object")
         return state
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error}) — remove {checkpoint} to use the one before it") from None
+
+
+def read_part(checkpoint: Path, key: str, cls: type) -> Any:
+    """One key of state.json as a dataclass: `model` as ModelConfig, `progress` as Progress.
+
+    Raises:
+        UserError: state.json or the key in it is missing or damaged.
+    """
+    path, state = checkpoint / "state.json", read_state(checkpoint)
+    if key not in state:
+        raise UserError(f"{path}: no key {key!r} — remove {checkpoint} to use the one before it")
+    return from_json(cls, state[key], f"{path}: {key}")
 
 
 def load_model(path: str | Path) -> tuple[Encoder, ModelConfig]:
@@ -162,8 +174,7 @@ def load_model(path: str | Path) -> tuple[Encoder, ModelConfig]:
     checkpoint = path if (path / "state.json").exists() else newest(path)
     if checkpoint is None:
         raise UserError(f"{path}: no checkpoint there — give a run folder made by python -m cramfast.train")
-    state = read_state(checkpoint)
-    config = from_json(ModelConfig, state["model"], str(checkpoint / "state.json"))
+    config = read_part(checkpoint, "model", ModelConfig)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten; the caller's generator stays put
         model = Encoder(config)
     with torch.no_grad():

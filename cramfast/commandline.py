@@ -1,8 +1,9 @@
 """The command line of cramfast.train: a preset by a recipe, flags that override it, and which run to go on with."""
 
 import argparse
+import os
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -65,13 +66,21 @@ def parse(args: list[str] | None = None) -> Request:
         default=Arguments(config=default),
         prog="python -m cramfast.train",
     )
-    config = resolve(arguments.config)
+    config = located(resolve(arguments.config))
     if first.replay and (key := differing_key(read_config(source / "config.json"), config)):
         raise UserError(f"--replay {source} with another {key}: a replay keeps every value — leave that flag out")
     run_dir = resumed or arguments.run_dir or new_name(config.preset)
     if not resumed and (run_dir / "config.json").exists():
         raise UserError(f"{run_dir}: holds a run already — go on with --resume {run_dir}, or choose another --run-dir")
     return Request(config, run_dir, resumed is not None, arguments.replay)
+
+
+def located(config: TrainConfig) -> TrainConfig:
+    """The config with absolute paths to text and tokenizer, which mean the same wherever the run is resumed."""
+    data = (source if source.startswith("hf:") else os.path.abspath(source) for source in config.data)
+    trained = config.tokenizer in ("wordpiece", "bpe")
+    tokenizer = config.tokenizer if trained else os.path.abspath(config.tokenizer)
+    return replace(config, data=tuple(data), tokenizer=tokenizer)
 
 
 def print_config(config: TrainConfig) -> None:

@@ -11,8 +11,12 @@ from typing import Any, Literal
 
 from cramfast.errors import UserError
 
-# Keys that may change when a run is resumed: they move no weight of a step, only how many steps there are or who looks.
-HARMLESS_KEYS = ("budget", "eval_interval", "checkpoint_interval", "threads", "graph", "profile_steps", "nvtx")
+# Keys that may change when a run is resumed: how many steps there are, who looks, and where the text and its tokenizer
+# lie, whose contents runfolder.create compares. With another number of threads torch may split a sum differently, and
+# the last bits of what follows differ.
+HARMLESS_KEYS = (
+    "budget", "eval_interval", "checkpoint_interval", "threads", "graph", "profile_steps", "nvtx", "data", "tokenizer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class ModelConfig:
     """The encoder; every choice but `positions="sinusoidal"` and `first_norm` exists in stock ModernBERT."""
 
     vocab_size: int = 32768
-    """Entries of the vocabulary, a multiple of 64."""
+    """Entries of the vocabulary, a multiple of 64; a run has fewer where its text does not yield as many."""
     layers: int = 16
     width: int = 768
     heads: int = 12
@@ -59,6 +63,7 @@ class ModelConfig:
         )
         require(self.feedforward % 16 == 0, f"model.feedforward={self.feedforward}", "use a multiple of 16")
         require(self.window >= 0, f"model.window={self.window}", "use 0 or more")
+        require(0 <= self.pad_id < self.vocab_size, f"model.pad_id={self.pad_id}", "use the id of [PAD], 0")
 
 
 @dataclass(frozen=True)
@@ -243,14 +248,15 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def from_json(cls: type, values: dict[str, Any], where: str = "config.json") -> Any:
-    """Rebuild a config from its JSON form.
+def from_json(cls: type, values: Any, where: str = "config.json") -> Any:
+    """Rebuild a config, or another dataclass of plain values, from its JSON form.
 
     Raises:
-        UserError: a key this version does not know, or one that is missing and has no default.
+        UserError: a key this version does not know, or a value of another type than the key's.
     """
-    known = {f.name: f.type for f in fields(cls)}
-    unknown = sorted(set(values) - set(known))
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: no JSON object — restore the file")
+    unknown = sorted(set(values) - {f.name for f in fields(cls)})
     if unknown:
         raise UserError(f"{where}: unknown key {unknown[0]!r} — written by another version of cramfast?")
     hints = typing.get_type_hints(cls)
@@ -258,9 +264,23 @@ def from_json(cls: type, values: dict[str, Any], where: str = "config.json") -> 
     for name, value in values.items():
         if is_dataclass(hints[name]):
             converted[name] = from_json(hints[name], value, f"{where}: {name}")
-        else:
-            converted[name] = tuple(value) if isinstance(value, list) else value
+            continue
+        converted[name] = tuple(value) if isinstance(value, list) else value
+        if not has_type(converted[name], hints[name]):
+            raise UserError(f"{where}: {name}={value!r} has the wrong type — restore the file")
     return cls(**converted)
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type: plain, a union, Literal or tuple[TYPE, ...]; an int is a float too."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(has_type(item, inner[0]) for item in value)
+    if inner:
+        return any(has_type(value, kind) for kind in inner)
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -275,10 +295,7 @@ def read_config(path: Path) -> TrainConfig:
         raise UserError(f"{path}: not found — give a run folder made by python -m cramfast.train") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged JSON ({error}) — restore it, or start a new run") from None
-    try:
-        return from_json(TrainConfig, values, str(path))
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path}: a value has the wrong type ({error}) — restore it, or start a new run") from None
+    return from_json(TrainConfig, values, str(path))
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,9 +11,11 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import warnings
 from pathlib import Path
 
@@ -23,6 +25,7 @@ LEAST_WORDS = 1_000_000
 ENOUGH_WORDS = 2_000_000  # an epoch of the default run; more would only cost time before it
 LARGEST_SOURCE_BYTES = 2 << 20  # beyond that, sources are generated tables
 FILES_PER_TASK = 100
+ABANDONED_S = 3600.0  # a half-written corpus that nobody has added to for so long is a killed process's
 SHORTEST_WORDS = 8  # of a kept paragraph: "Returns:" and the like teach nothing
 _CODE = re.compile(r">>>|\.\.\. |^\s*[-=+|~^`*#]{3,}|^\s*\.\. |^\s*:\w+|[{}<>]|\w\(.*\)\s*$|=\s*\S+$|^\s*@")
 
@@ -119,6 +122,9 @@ def write_docstrings(path: Path, progress=None) -> int:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f"{path.stem}.*.partial"):
+            if time.time() - other.stat().st_mtime > ABANDONED_S:
+                other.unlink(missing_ok=True)
         with partial.open("w", encoding="utf-8", errors="replace") as out:
             pool = concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1))
             try:
@@ -148,4 +154,5 @@ def write_docstrings(path: Path, progress=None) -> int:
 
 
 if __name__ == "__main__":  # the worker of _collect
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends without a word when the reader is killed
     json.dump([text for name in json.load(sys.stdin) for text in docstrings(Path(name))], sys.stdout)

@@ -1,7 +1,12 @@
 """One kind of error for everything a user can mend: one line that names the place and the remedy."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
+
+INTERRUPTED = 130  # exit status: 128 and the number of SIGINT, as shells have it
 
 
 class UserError(Exception):
@@ -9,7 +14,12 @@ class UserError(Exception):
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run a command line; a UserError becomes one red line and exit status 2, never a traceback."""
+    """Run a command line; a UserError becomes one red line and exit status 2, never a traceback.
+
+    SIGTERM ends it as Ctrl-C does: by an exception, so that half-written files are removed.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     from rich.console import Console
     from rich.markup import escape
 
@@ -20,4 +30,10 @@ def command(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("[yellow]interrupted[/]")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+
+
+def leave_at_once(number: int, frame: FrameType | None) -> None:
+    """Handler of SIGINT and SIGTERM during imports, where an exception would end in a traceback of another library."""
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)

@@ -104,7 +104,7 @@ def load(folder: str | Path) -> tuple[Encoder, Tokenizer]:
     if written.get("model_type") != OWN_TYPE:
         what = "is for stock transformers — use AutoModelForMaskedLM.from_pretrained" if written else "no config.json"
         raise UserError(f"{folder}: {what if written else what + ' there — give an exported folder'}")
-    config = from_json(ModelConfig, written["model"], str(folder / "config.json"))
+    config = from_json(ModelConfig, written.get("model"), str(folder / "config.json"))
     path = folder / "model.safetensors"
     try:
         tensors = load_file(path)

@@ -16,6 +16,7 @@ import torch
 
 from cramfast.budget import Progress
 from cramfast.errors import UserError
+from cramfast.record import parse_row
 from cramfast.stopwatch import Stopwatch
 
 # Large enough to hide launch and packing, small enough for a fraction of a second.
@@ -55,6 +56,9 @@ def synchronize(device: torch.device) -> None:
 class MetricsLog:
     """metrics.jsonl and TensorBoard of one run folder; opened again on resume, it drops rows beyond `step`.
 
+    Attributes:
+        evaluated: the step of the last held-out evaluation, None before the first.
+
     Raises, from every method:
         UserError: the disk refused; what was written before is complete lines.
     """
@@ -63,10 +67,10 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter  # half a second to import, needed only by a training run
 
         self.path = run_dir / "metrics.jsonl"
-        if self.path.exists():
-            truncate(self.path, step)
-        self.file = self.path.open("ab", buffering=0)  # nothing may wait in a buffer for a kill
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        with self.refusals_named():
+            self.evaluated = truncate(self.path, step) if self.path.exists() else None
+            self.file = self.path.open("ab", buffering=0)  # nothing may wait in a buffer for a kill
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def row(self, row: dict[str, Any]) -> None:
         """Write one step or one evaluation; `step` and `tokens` are its places on the axes."""
@@ -80,6 +84,7 @@ class MetricsLog:
         """Write a held-out evaluation, `more` figures of it included; return its loss."""
         spent = {key: getattr(progress, key) for key in ("step", "tokens", "flops", "seconds")}
         self.row(spent | {"heldout_loss": loss, "heldout_accuracy": accuracy} | more)
+        self.evaluated = progress.step
         return loss
 
     def write(self, row: dict[str, Any]) -> None:
@@ -118,19 +123,22 @@ class MetricsLog:
                 raise
 
 
-def truncate(path: Path, step: int) -> None:
-    """Cut metrics.jsonl before the first row beyond `step`, or before a line that a kill left unfinished."""
-    end = 0
+def truncate(path: Path, step: int) -> int | None:
+    """Cut metrics.jsonl before the first row beyond `step`, or before a line that a kill left unfinished.
+
+    Returns:
+        The step of the last held-out evaluation that stays, None where there is none.
+    """
+    end, evaluated = 0, None
     with path.open("rb") as file:
         for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if row.get("step", 0) > step or not line.endswith(b"\n"):
+            row = parse_row(line)
+            if row is None or row.get("step", 0) > step or not line.endswith(b"\n"):
                 break
             end += len(line)
+            evaluated = row["step"] if "heldout_loss" in row else evaluated
     os.truncate(path, end)
+    return evaluated
 
 
 class Display:

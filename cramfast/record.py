@@ -69,6 +69,16 @@ def number(value) -> float:
     return float(value)
 
 
+def parse_row(line: str | bytes) -> dict | None:
+    """A row of metrics.jsonl, {"run": {...}} or {"step": N, ...}; None for a line that no run wrote whole."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and (isinstance(row.get("run"), dict) or isinstance(row.get("step"), int))
+    return row if whole else None
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file, {} when there is no such file.
 
@@ -104,11 +114,8 @@ def read_record(run_dir: Path) -> Record:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict) or not ("run" in row or "step" in row):
+        row = parse_row(line)
+        if row is None:
             unreadable += 1
         elif "run" in row:
             resumed += bool(steps or evaluations)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cramfast import checkpoint, kernelchoice
+from cramfast import atomic, checkpoint, kernelchoice
 from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config, to_json
 from cramfast.errors import UserError
 from cramfast.loader import read_manifest
@@ -58,12 +58,19 @@ def find_resumed(resume: str, run_dir: Path | None) -> Path | None:
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keep a second process out of the folder while this one trains in it.
+    """Make the folder where it is missing, and keep a second process out of it from create() to the last file.
 
     Raises:
-        UserError: another process is there.
+        UserError: another process is there, or something that is no run, or the disk refuses.
     """
-    with (run_dir / ".lock").open("w") as file:
+    lock, stored = run_dir / ".lock", run_dir / "config.json"
+    begun = {lock.name, atomic.partial_path(stored).name}  # all that a process killed before its config.json leaves
+    with refusals_named(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not stored.exists() and {path.name for path in run_dir.iterdir()} - begun:
+            raise UserError(f"{run_dir}: not empty and no run — choose another --run-dir")
+        file = lock.open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -71,13 +78,26 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | None = None) -> None:
-    """Make a run's folder, or go on with its own: same config but for harmless keys, same prepared text.
+@contextlib.contextmanager
+def refusals_named(run_dir: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that names the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: cannot be written ({error.strerror or error}) — free disk space, make it writable, "
+            "or choose another --run-dir"
+        ) from None
 
-    `replay` is the run whose record this one follows; the record is copied, so that a resume follows it too.
+
+def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | None = None) -> None:
+    """Fill a new run's folder, or go on with its own: same config but for harmless keys, same prepared text.
+
+    The caller holds its lock. `replay` is the run whose record this one follows; the record is copied, so that a
+    resume follows it too.
 
     Raises:
-        UserError: the folder is taken by something else, or config or text changed since the run began.
+        UserError: config or text changed since the run (or the replayed one) began, or the disk refuses.
     """
     stored = run_dir / "config.json"
     if stored.exists():
@@ -88,20 +108,16 @@ def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | No
                 f"{run_dir}: {key}={flatten(config)[key]!r} but the run began with {flatten(old)[key]!r} — "
                 "a resumed run keeps its values; start a new run to change them"
             )
-        manifest = run_dir / "manifest.json"
-        if manifest.exists() and read_manifest(run_dir)["files"] != read_manifest(prepared)["files"]:
-            raise UserError(f"{run_dir}: the text in {prepared} is not the one the run began with — start a new run")
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir}: not empty and no run — choose another --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    partial = run_dir.with_name(f".{run_dir.name}.config.json")  # beside the folder: that is empty or has a config
-    partial.write_text(json.dumps(to_json(config), indent=1), encoding="utf-8")
-    partial.replace(stored)
-    checkpoint.sweep(run_dir)
-    for name in COPIED:
-        shutil.copyfile(prepared / name, run_dir / name)
-    if replay:
-        shutil.copyfile(replay / "metrics.jsonl", run_dir / REPLAYED)
+    for run in filter(None, (run_dir, replay)):
+        if (run / "manifest.json").exists() and read_manifest(run)["files"] != read_manifest(prepared)["files"]:
+            raise UserError(f"{run}: the text in {prepared} is not the one the run began with — start a new run")
+    with refusals_named(run_dir):
+        atomic.write_text(stored, json.dumps(to_json(config), indent=1))
+        checkpoint.sweep(run_dir)
+        for name in COPIED:
+            shutil.copyfile(prepared / name, run_dir / name)
+        if replay:
+            shutil.copyfile(replay / "metrics.jsonl", run_dir / REPLAYED)
 
 
 def describe(config: TrainConfig, model: Encoder) -> dict[str, Any]:

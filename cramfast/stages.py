@@ -46,6 +46,8 @@ def print_graph(config: TrainConfig) -> None:
 def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
     """Prepared folder for the config's text, and the config with the tokenizer's true vocabulary size.
 
+    A run keeps the config as it was asked for: prepared again on resume, the same request finds the same text.
+
     Raises:
         UserError: no text, or something wrong with it.
     """

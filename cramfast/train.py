@@ -111,7 +111,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
                 previous = checkpoint.save(run_dir, optimizer, {"progress": asdict(progress), **fixed})
                 saved = progress.seconds
         progress, _ = settle(ledger, progress, log, run, previous)
-        if budget.fraction(progress) >= 1 and evaluated < progress.seconds:
+        if budget.fraction(progress) >= 1 and log.evaluated != progress.step:
             look()
         log.sync()
         checkpoint.save(run_dir, optimizer, {"progress": asdict(progress), **fixed})
@@ -141,7 +141,7 @@ def start(config: TrainConfig, source: Source, clock: Clock) -> tuple[Encoder, A
 def latest(config: TrainConfig, run_dir: Path) -> tuple[Progress, Path | None]:
     """Progress at the newest checkpoint, and that checkpoint; of a run without one, the start."""
     if previous := checkpoint.newest(run_dir):
-        return Progress(**checkpoint.read_state(previous)["progress"]), previous
+        return checkpoint.read_part(previous, "progress", Progress), previous
     return Progress(loss_scale=LossScale.START if config.dtype == "float16" else 1.0), None
 
 
@@ -217,16 +217,15 @@ def main() -> None:
     stages.choose_kernels(config, request.run_dir if request.resuming else request.replay)
     stages.print_graph(config)
     budget = choose_budget(request)
-    prepared, config = stages.prepare_text(config)
-    print_config(config)
-    runfolder.create(request.run_dir, config, prepared, request.replay)
-    print(f"run folder {request.run_dir}", flush=True)
+    prepared, fitted = stages.prepare_text(config)
+    print_config(fitted)
     with runfolder.locked(request.run_dir):
-        finished = train(config, request.run_dir, prepared, budget)
-    if not finished:
-        print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}")
-        sys.exit(130)
-    stages.publish(request.run_dir)
+        runfolder.create(request.run_dir, config, prepared, request.replay)
+        print(f"run folder {request.run_dir}", flush=True)
+        if not train(fitted, request.run_dir, prepared, budget):
+            print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}")
+            sys.exit(130)
+        stages.publish(request.run_dir)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out, damage is named, a disk that refuses costs nothing that was there."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from cramfast.config import to_json
 from cramfast.errors import UserError
 from cramfast.model import Encoder
 from cramfast.optim import AdamW, FlatParameters
+from cramfast.train import latest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = small_config().model
@@ -83,6 +85,27 @@ def test_damage_is_named(tmp_path, name):
     damaged.unlink()
     with pytest.raises(UserError, match=name):
         checkpoint.restore(saved, make())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("progress", None, "no key 'progress'"),
+        ("progress", {"colour": 1}, "progress: unknown key 'colour'"),
+        ("progress", {"step": "three"}, "progress: step='three' has the wrong type"),
+        ("progress", [3], "progress: no JSON object"),
+        ("model", None, "no key 'model'"),
+        ("model", {"layers": "two"}, "model: layers='two' has the wrong type"),
+        ("model", {"head": 1}, "model: head=1 has the wrong type"),
+        ("model", {"activation": "tanh"}, "model: activation='tanh' has the wrong type"),
+    ],
+)
+def test_a_damaged_key_is_named(tmp_path, key, value, named):
+    saved = checkpoint.save(tmp_path, make(), state(3))
+    written = state(3) | {key: value}
+    (saved / "state.json").write_text(json.dumps({k: v for k, v in written.items() if v is not None}))
+    with pytest.raises(UserError, match=rf"step-00000003/state\.json: {named}"):
+        checkpoint.load_model(tmp_path) if key == "model" else latest(small_config(), tmp_path)
 
 
 FILL = """

@@ -1,12 +1,20 @@
 """python -m cramfast.train from text to report and export, as a user starts it."""
 
+import contextlib
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_loader import rows, same_bits, weights
+
+from cramfast import checkpoint
 
 TEXT = "the cat saw a dog near the old house while rain fell on every quiet street of that small town"
 SMALL = [
@@ -24,10 +32,42 @@ SMALL = [
 SHORT = ["--microbatch-tokens", "1024", "--batch-tokens", "1024", "--heldout-tokens", "2048", "--budget", "12steps"]
 
 
-def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def command(folder: Path, *arguments: str) -> dict:
+    """What subprocess needs to train there."""
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    command = [sys.executable, "-m", "cramfast.train", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
+    return {
+        "args": [sys.executable, "-m", "cramfast.train", *arguments],
+        "cwd": folder,
+        "env": environment,
+        "text": True,
+    }
+
+
+def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(**command(folder, *arguments), capture_output=True, timeout=150)
+
+
+@contextlib.contextmanager
+def training(folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
+    """A process that trains beside the test, dead at the end."""
+    with (folder / "output.txt").open("w") as output:
+        with subprocess.Popen(**command(folder, *arguments), stdout=output, stderr=output) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Until the process has saved this step or a later one."""
+    while process.poll() is None and saved_step(run) < step:
+        time.sleep(0.002)
+    assert saved_step(run) >= step, (run.parent / "output.txt").read_text()
+
+
+def saved_step(run: Path) -> int:
+    newest = checkpoint.newest(run)
+    return int(newest.name[-8:]) if newest else 0
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +98,42 @@ def test_resumed_with_a_larger_budget(trained):
     assert result.returncode == 0, result.stderr
     checkpoints = sorted(path.name for path in (folder / "first" / "checkpoints").iterdir())
     assert checkpoints == ["step-00000012", "step-00000015"]
+
+
+def test_a_refused_second_process_leaves_the_first_alone(trained):
+    folder, run = trained[0], trained[0] / "busy"
+    always = ["--budget", "100000steps", "--checkpoint-interval", "1e-9"]
+    with training(folder, "--data", "text.txt", "--run-dir", "busy", *SMALL, *SHORT[:-2], *always) as first:
+        wait_for_step(first, run, 1)
+        config = (run / "config.json").read_bytes()
+        second = train(folder, "--resume", "busy", "--budget", "7steps")
+        assert second.returncode == 2 and "another process is training here" in second.stderr
+        assert (run / "config.json").read_bytes() == config
+        wait_for_step(first, run, saved_step(run) + 2)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 130
+    assert "go on with: python -m cramfast.train --resume busy" in (folder / "output.txt").read_text()
+
+
+def test_kill_9_of_the_command_at_any_moment_costs_no_bit(trained):
+    """Each life ends where chance has it, the last one during the export; nothing of the run is a stand-in."""
+    folder, chance = trained[0], random.Random(1)
+    arguments = ["--data", "text.txt", *SMALL, *SHORT[:-2], "--budget", "150steps"]
+    with training(folder, *arguments, "--run-dir", "whole") as process:
+        wait_for_step(process, folder / "whole", 150)
+    run = folder / "killed"
+    for life in range(3):
+        begun = saved_step(run)
+        how = ["--resume", "killed"] if life else [*arguments, "--run-dir", "killed", "--checkpoint-interval", "1e-9"]
+        with training(folder, *how) as process:
+            wait_for_step(process, run, begun + 1 if life < 2 else 150)
+            time.sleep(chance.uniform(0.0, 0.15) if life < 2 else 0.0)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        assert life == 2 or begun < saved_step(run) < 150
+    assert same_bits(weights(folder / "whole"), weights(run))
+    assert [row["loss"] for row in rows(folder / "whole")] == [row["loss"] for row in rows(run)]
+    assert rows(folder / "whole", "heldout_loss")[-1]["heldout_loss"] == rows(run, "heldout_loss")[-1]["heldout_loss"]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
 """N steps, a new process's worth of fresh state, N more: the same bits as 2N in one go."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from fake_loader import rows, run, same_bits, small_config, weights
 
 from cramfast import checkpoint
-from cramfast.budget import Budget, Progress
+from cramfast.budget import Budget, Progress, read_replay
 from cramfast.interrupt import Interrupt
+from cramfast.record import read_record
 from cramfast.train import train
 
 pytestmark = pytest.mark.usefixtures("fake_text")
@@ -62,6 +64,31 @@ def test_rows_beyond_the_checkpoint_are_dropped(tmp_path):
         file.write('{"step": 7, "fraction": 0.9, "microbatches": 1}\n{"step": 8, "frac')
     run(folder, "8steps")
     assert [row["step"] for row in rows(folder)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"step": "a"}', '{"run": 1}', "17", "null"])
+def test_a_row_that_no_run_wrote_ends_the_record(tmp_path, line):
+    folder = run(tmp_path / "run", "4steps")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert len(read_replay(folder / "metrics.jsonl").fractions) == 4
+    assert read_record(folder).unreadable_lines == 1
+    run(folder, "6steps")
+    assert [row["step"] for row in rows(folder)] == list(range(1, 7))
+
+
+def test_the_last_evaluation_is_made_up_for(tmp_path):
+    """A kill between the checkpoint of the last step and the evaluation after it."""
+    folder = run(tmp_path / "run", "4steps")
+    log = folder / "metrics.jsonl"
+    *kept, last = log.read_text().splitlines(keepends=True)
+    assert "heldout_loss" in last
+    log.write_text("".join(kept))
+    for _ in range(2):
+        run(folder, "4steps")
+        assert [(row["step"], row["heldout_loss"]) for row in rows(folder, "heldout_loss")][1:] == [
+            (4, json.loads(last)["heldout_loss"])
+        ]
 
 
 def test_a_spent_budget_is_left_alone_and_a_raised_one_goes_on(tmp_path):

@@ -2,17 +2,20 @@
 
 import json
 import math
+import os
 from itertools import pairwise
+from pathlib import Path
 
 import fake_loader
 import pytest
 import torch
 from fake_loader import rows, run, same_bits, small_config, weights
 
-from cramfast import commandline, feed, runfolder
+from cramfast import commandline, feed, runfolder, stages, train
 from cramfast.budget import Progress, read_replay
 from cramfast.config import config_hash, differing_key, from_json, to_json
 from cramfast.errors import UserError
+from cramfast.loader import MANIFEST_KEYS
 from cramfast.model import Encoder
 from cramfast.recipes import resolve
 from cramfast.train import advance
@@ -130,8 +133,8 @@ def test_evaluation_is_the_loss_kernels_mean():
 def test_config_round_trip_and_hash():
     config = small_config(data=("a.txt", "b.txt"))
     assert from_json(type(config), to_json(config)) == config
-    assert config_hash(config) == config_hash(small_config(data=("a.txt", "b.txt"), budget="1h", eval_interval=3.0))
-    assert config_hash(config) != config_hash(small_config(data=("a.txt",)))
+    assert config_hash(config) == config_hash(small_config(data=("moved/a.txt", "b.txt"), budget="1h"))
+    assert config_hash(config) != config_hash(small_config(data=("a.txt", "b.txt"), seed=1))
     assert differing_key(config, small_config(data=("a.txt", "b.txt"), lr=1.0)) == "lr"
     with pytest.raises(UserError, match="unknown key 'colour'"):
         from_json(type(config), {"colour": 1})
@@ -144,8 +147,11 @@ def parsed(*args: str):
 def test_command_line_overrides_a_recipe():
     request = parsed("--preset", "tiny", "--lr", "0.5", "--model.layers", "3", "--data", "a", "b", "--device", "cpu")
     config = request.config
-    assert (config.preset, config.lr, config.model.layers, config.data) == ("tiny", 0.5, 3, ("a", "b"))
+    assert (config.preset, config.lr, config.model.layers) == ("tiny", 0.5, 3)
+    assert config.data == (os.path.abspath("a"), os.path.abspath("b"))
     assert config.dtype in ("float32", "bfloat16") and str(request.run_dir).endswith("-tiny")
+    config = parsed("--preset", "tiny", "--data", "hf:wikitext", "--tokenizer", "own.json", "--device", "cpu").config
+    assert (config.data, config.tokenizer) == (("hf:wikitext",), os.path.abspath("own.json"))
 
 
 def test_command_line_takes_a_recipe():
@@ -172,6 +178,7 @@ def test_command_line_takes_a_recipe():
         (["--resume", "nowhere"], "nowhere"),
         (["--resume", "a", "--replay", "b"], "one of them"),
         (["--model.heads", "5"], "heads"),
+        (["--model.pad-id", "99999"], "model.pad_id=99999"),
     ],
 )
 def test_values_that_cannot_work_are_named(args, word):
@@ -192,23 +199,62 @@ def test_a_folder_in_use_is_refused(finished, tmp_path):
     with pytest.raises(UserError, match="--resume"):
         parsed("--run-dir", str(finished))
     (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"), runfolder.locked(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("place", ["/proc/cannot", "/dev/null", "/dev/null/below"])
+def test_a_folder_that_cannot_be_made_is_named(place):
+    with pytest.raises(UserError, match=rf"^{place}: cannot be written .*--run-dir"), runfolder.locked(Path(place)):
+        pass
+
+
+def test_a_run_in_the_current_folder_after_a_kill_before_its_config(tmp_path, monkeypatch):
+    run, text = tmp_path / "run", tmp_path / "text"
+    for folder in (run, text):
+        folder.mkdir()
+    for name in (".lock", ".config.json.partial"):
+        (run / name).touch()
     for name in runfolder.COPIED:
-        (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match="not empty"):
-        runfolder.create(tmp_path, small_config(), tmp_path)
+        (text / name).touch()
+    monkeypatch.chdir(run)
+    with runfolder.locked(Path(".")):
+        runfolder.create(Path("."), small_config(), text)
+    assert {path.name for path in run.iterdir()} == {".lock", "config.json", *runfolder.COPIED}
 
 
 def test_resume_keeps_the_values_of_its_run(finished, tmp_path):
     request = parsed("--resume", str(finished), "--budget", "9h")
     assert request.resuming and request.run_dir == finished and request.config.budget == "9h"
+    text = dict.fromkeys(MANIFEST_KEYS, 1) | {"version": 1}
     for name in runfolder.COPIED:
-        (tmp_path / name).write_text('{"version": 1, "files": {"train.ids": 1}}')
+        (tmp_path / name).write_text(json.dumps(text | {"files": {"train.ids": 1}}))
     runfolder.create(finished, request.config, tmp_path)
     with pytest.raises(UserError, match=r"lr=0\.7 but the run began with 0\.003"):
         runfolder.create(finished, parsed("--resume", str(finished), "--lr", "0.7").config, tmp_path)
-    (tmp_path / "manifest.json").write_text('{"version": 1, "files": {"train.ids": 2}}')
+    (tmp_path / "manifest.json").write_text(json.dumps(text | {"files": {"train.ids": 2}}))
     with pytest.raises(UserError, match="not the one"):
         runfolder.create(finished, request.config, tmp_path)
+    with pytest.raises(UserError, match="not the one"):
+        runfolder.create(tmp_path / "again", request.config, tmp_path, replay=finished)
+
+
+def test_a_run_on_little_text_is_resumed_from_another_folder(tmp_path, monkeypatch):
+    """Two lines yield fewer entries than were asked for, and are named as they lie in the first folder."""
+    (tmp_path / "two.txt").write_text("one line of text\n\nand another line of it\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sizes = []
+    monkeypatch.setattr(train, "train", lambda config, *_: sizes.append(config.model.vocab_size) or True)
+    monkeypatch.setattr(stages, "publish", lambda run_dir: None)
+    first = ["--preset", "tiny", "--data", "two.txt", "--run-dir", "run", "--device", "cpu"]
+    for folder, arguments in ((tmp_path, first), (tmp_path / "elsewhere", ["--resume", "../run"])):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("sys.argv", ["train", *arguments])
+        train.main()
+    assert sizes[0] == sizes[1] < 512
+    assert len(list((tmp_path / "cache" / "cramfast" / "prepared").iterdir())) == 1
 
 
 def test_auto_resumes_what_is_there(finished, tmp_path, monkeypatch):

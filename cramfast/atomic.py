@@ -1,0 +1,21 @@
+"""Small files that appear complete or not at all."""
+
+import os
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place (partial_path), then rename it; a missing folder is made.
+
+    Raises:
+        OSError: the disk refused; what was there before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file lies while it is written; what a kill leaves there, the next write replaces."""
+    return path.with_name(f".{path.name}.partial")
