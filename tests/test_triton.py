@@ -9,6 +9,7 @@ import torch
 from test_ops import _assert_as_good_as_eager, _convert_all, _evaluate, assert_reproduces_reference
 
 import cramfast.kernels
+from bench import peers
 from cramfast.kernels import dispatch, extension, reference
 from cramfast.kernels.cases import CASES
 from cramfast.kernels.layernorm import MAX_WIDTH
@@ -145,6 +146,16 @@ def test_no_momentum_at_all():
     cramfast.kernels.adamw(**ours, **options)
     reference.adamw(**plain, **options)
     torch.testing.assert_close(ours["master"], plain["master"])
+
+
+def test_benchmarks_have_the_fused_forms_that_are_not_under_test_as_peers():
+    case = next(case for case in CASES if case.op == "layernorm_glu")
+    inputs = _make(case, case.test_shapes[1], torch.float16)
+    assert "ours, triton" not in peers.fused_forms(case, inputs)
+    with dispatch.using("layernorm_glu", "reference", device=DEVICE):
+        work = peers.fused_forms(case, inputs)["ours, triton"]
+        assert len(work()) == len([name for name in case.gradients if inputs[name] is not None])
+        assert dispatch.choose("layernorm_glu", DEVICE, torch.float16).implementation == "reference"
 
 
 @pytest.mark.parametrize("activation", ("gelu", "silu"))
