@@ -37,7 +37,8 @@ def setting(request):
     except UserError as error:  # a machine with hardly any Python packages
         pytest.skip(f"{error}, here --text")
     yield config, prepared, table
-    Console(width=120).print("\n", table)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        Console(width=120).print("\n", table)
 
 
 @pytest.mark.parametrize("place", range(len(CLAIMS)), ids=CLAIMS)
