@@ -11,11 +11,11 @@ import torch
 from cramfast import schedule
 from cramfast.budget import Budget
 from cramfast.calibration import Efficiency
-from cramfast.config import TrainConfig
+from cramfast.config import ModelConfig, TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels.cases import ragged_lengths
 from cramfast.model import flops_per_token
-from cramfast.roofline import Card, Part, bound, cost, microbatch_parts, update_parts
+from cramfast.roofline import Card, Part, bound, cost, microbatch_parts, parameter_count, update_parts
 
 SLICES = 1000  # of a budget, in which the batch ramp counts as constant
 
@@ -92,28 +92,44 @@ def forecast(config: TrainConfig, card: Card, tokens: int, efficiencies: Mapping
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """E + A / parameters^alpha + B / tokens^beta, nats per masked token (Hoffmann et al., arXiv:2203.15556)."""
+    """E + A / N^alpha + B / D^beta, nats per masked token, D tokens (Hoffmann et al., arXiv:2203.15556).
+
+    `count` says what N counts: "total" or "body", the parameters outside the embedding table. `ranges` are the least
+    and the most N and D that the law was fitted to.
+    """
 
     E: float
     A: float
     alpha: float
     B: float
     beta: float
+    count: str
+    ranges: dict[str, list[float]]
 
-    def loss(self, parameters: float, tokens: float) -> float:
+    def size(self, model: ModelConfig) -> int:
+        """N of a model."""
+        return parameter_count(model) - (model.vocab_size * model.width if self.count == "body" else 0)
+
+    def loss(self, N: float, D: float) -> float:
         """The loss that the law expects."""
-        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
+        return self.E + self.A / N**self.alpha + self.B / D**self.beta
+
+    def extrapolates(self, N: float, D: float) -> bool:
+        """Whether that lies outside what the law was fitted to."""
+        return any(not low <= x <= high for x, (low, high) in ((N, self.ranges["N"]), (D, self.ranges["D"])))
 
 
 def read_law(path: Path) -> ScalingLaw:
-    """The law that `python -m cramfast.scaling fit` wrote.
+    """The law in fit.json of `python -m cramfast.scaling fit`.
 
     Raises:
         UserError: no such file, no JSON object, or a constant that is missing or no number.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        law = ScalingLaw(**{key: float(values[key]) for key in ("E", "A", "alpha", "B", "beta")})
+        found = json.loads(path.read_text(encoding="utf-8"))
+        constants = {key: float(found["law"][key]) for key in ("E", "A", "alpha", "B", "beta")}
+        ranges = {key: [float(end) for end in found["ranges"][key]] for key in ("N", "D")}
+        law = ScalingLaw(**constants, count=found["count"], ranges=ranges)
     except OSError as error:
         raise UserError(
             f"--fit {path}: unreadable ({error.strerror}) — python -m cramfast.scaling fit writes it"
@@ -122,6 +138,6 @@ def read_law(path: Path) -> ScalingLaw:
         raise UserError(
             f"--fit {path}: no fit with E, A, alpha, B and beta ({error}) — python -m cramfast.scaling fit writes one"
         ) from None
-    if not all(math.isfinite(value) for value in vars(law).values()):
+    if not all(math.isfinite(value) for value in constants.values()):
         raise UserError(f"--fit {path}: a constant is not finite — fit again from more runs")
     return law

@@ -142,6 +142,15 @@ def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
     ]
 
 
+def expected_loss(law: ScalingLaw | None, config: TrainConfig, tokens: float) -> tuple[str, str]:
+    """The loss that the law expects, and what to think of it."""
+    if law is None:
+        return "no fit", "--fit FILE gives one"
+    N = law.size(config.model)
+    beyond = "; outside the sizes and tokens of the fit" if law.extrapolates(N, tokens) else ""
+    return f"{law.loss(N, tokens):.3f}", f"nats per masked token, for the fit's text{beyond}"
+
+
 def summary(plan: Plan) -> list[tuple[str, str, str]]:
     """(what, figure, how it is known) of the whole run."""
     made, card, config = plan.forecast, plan.card, plan.forecast.config
@@ -154,7 +163,7 @@ def summary(plan: Plan) -> list[tuple[str, str, str]]:
     spent = f"in {least_time}{span(seconds)}, {steps:,.0f} steps, {flops}"
     parameters = parameter_count(config.model)
     basis = f"the roofline, {unmeasured} parts unmeasured" if unmeasured else "all parts measured"
-    loss = f"{plan.law.loss(parameters, tokens):.3f}" if plan.law else "no fit"
+    loss, fitted = expected_loss(plan.law, config, tokens)
     line, share = limit(plan)
     return [
         ("card", card.name, card.source),
@@ -164,7 +173,7 @@ def summary(plan: Plan) -> list[tuple[str, str, str]]:
         ("tokens", f"{most_tokens}{short(tokens)}", spent),
         ("MFU", f"{most}{rate * made.flops_per_token / peak:.0%}", "of the matmul peak above"),
         *memory_rows(plan),
-        ("expected loss", loss, "nats per masked token, for the fit's text" if plan.law else "--fit FILE gives one"),
+        ("expected loss", loss, fitted),
         ("limit", line.part.name, f"{share:.0%} of the time, bound by {line.bound_by}"),
     ]
 

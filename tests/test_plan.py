@@ -21,6 +21,7 @@ from cramfast.schedule import microbatches
 
 CPU = Card("some processor", 2e10, 1e11, 1e11, 8 << 30, None, "a test")
 LAW = {"E": 1.5, "A": 400.0, "alpha": 0.3, "B": 900.0, "beta": 0.25}
+FIT = {"count": "total", "law": LAW, "ranges": {"N": [1e6, 1e8], "D": [1e7, 1e9]}}
 
 
 @pytest.fixture
@@ -188,12 +189,27 @@ def test_recorded_runs_are_predicted_at_their_own_steps(config, tmp_path):
 
 def test_the_law(tmp_path):
     path = tmp_path / "fit.json"
-    path.write_text(json.dumps(LAW | {"runs": 12}))
-    assert read_law(path).loss(16**10, 16**8) == pytest.approx(1.5 + 400 / 16**3 + 900 / 16**2)
+    path.write_text(json.dumps(FIT | {"rms_residual": 0.01}))
+    law = read_law(path)
+    assert law.loss(16**10, 16**8) == pytest.approx(1.5 + 400 / 16**3 + 900 / 16**2)
+    outside = [law.extrapolates(*point) for point in ((1e7, 1e8), (1e9, 1e8), (1e7, 1e6))]
+    assert outside == [False, True, True]
+    model = starting_config("mini", None, "cpu").model
+    assert law.size(model) - replace(law, count="body").size(model) == 8192 * 256
+    shown = plan.expected_loss(law, starting_config("mini", None, "cpu"), 1e12)
+    assert shown[0] == f"{law.loss(law.size(model), 1e12):.3f}" and "outside" in shown[1]
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{", json.dumps({**LAW, "E": None}), json.dumps({"E": 1}), json.dumps({**LAW, "beta": float("nan")})]
+    "text",
+    [
+        "[]",
+        "{",
+        json.dumps(LAW),
+        json.dumps({"law": LAW}),
+        json.dumps(FIT | {"law": LAW | {"E": None}}),
+        json.dumps(FIT | {"law": LAW | {"beta": float("nan")}}),
+    ],
 )
 def test_what_is_no_law(tmp_path, text):
     path = tmp_path / "fit.json"
@@ -229,7 +245,7 @@ def test_a_card_without_measurements_gets_upper_bounds(capsys, tmp_path):
 def test_the_machine_at_hand(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "ROUNDS", 1)
     monkeypatch.setattr(calibration, "machine_at_hand", lambda device, dtype: CPU)
-    (tmp_path / "fit.json").write_text(json.dumps(LAW))
+    (tmp_path / "fit.json").write_text(json.dumps(FIT))
     sizes = ["--microbatch-tokens", 256, "--batch-tokens", 256, "--device", "cpu", "--dtype", "float32"]
     text = printed(capsys, "--preset", "tiny", *sizes, "--fit", tmp_path / "fit.json", "--runs", tmp_path)
     assert "all parts measured" in text and "at most" not in text and "no fit" not in text
