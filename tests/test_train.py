@@ -196,11 +196,11 @@ def test_only_missing_text_is_called_docstrings(capsys):
 
 
 def test_every_key_has_a_text():
-    """--help shows it: each annotated field of a config is followed by its docstring."""
+    """--help shows it: each field of a config is followed by its docstring, but for those that are configs."""
     for node in ast.parse(inspect.getsource(config_module)).body:
         body = node.body if isinstance(node, ast.ClassDef) else []
         for field, after in pairwise([*body, None]):
-            if isinstance(field, ast.AnnAssign) and field.target.id != "model":
+            if isinstance(field, ast.AnnAssign) and not isinstance(field.value, ast.Call):
                 assert isinstance(after, ast.Expr), f"{node.name}.{field.target.id}"
 
 
