@@ -7,12 +7,14 @@ from pathlib import Path
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place (partial_path), then rename it; a missing folder is made.
 
+    Surrogates, as in file names that are no Unicode, become question marks.
+
     Raises:
         OSError: the disk refused; what was there before is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="replace")
     os.replace(partial, path)
 
 

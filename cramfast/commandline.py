@@ -85,7 +85,8 @@ def located(config: TrainConfig) -> TrainConfig:
 
 def print_config(config: TrainConfig) -> None:
     """Every key of the resolved config on a few lines, the model's keys together."""
-    flat = {key: value if value != () else "(docstrings)" for key, value in flatten(config).items()}
+    flat = flatten(config)
+    flat["data"] = flat["data"] or "(docstrings)"
     print(f"config {config_hash(config)}:")
     for model in (True, False):
         words = (f"{key}={value}" for key, value in flat.items() if key.startswith("model.") == model)

@@ -26,7 +26,9 @@ class ModelConfig:
     vocab_size: int = 32768
     """Entries of the vocabulary, a multiple of 64; a run has fewer where its text does not yield as many."""
     layers: int = 16
+    """Number of Transformer layers."""
     width: int = 768
+    """Width of the hidden states."""
     heads: int = 12
     """width / heads must be 32, 64 or 128."""
     feedforward: int = 1536
@@ -34,11 +36,17 @@ class ModelConfig:
     max_len: int = 512
     """Longest sequence the position tables hold, in tokens."""
     activation: Literal["gelu", "silu"] = "gelu"
+    """Activation inside the gated hidden layer."""
     norm_bias: bool = False
+    """Biases in the LayerNorms."""
     norm_eps: float = 1e-5
+    """Added to the variance in the LayerNorms."""
     positions: Literal["rotary", "sinusoidal"] = "rotary"
+    """Rotary embeddings of queries and keys, or sinusoids added to the input."""
     rope_theta_global: float = 10000.0
+    """Base of the rotary angles in global layers."""
     rope_theta_local: float = 10000.0
+    """Base of the rotary angles in local layers."""
     window: int = 128
     """Local layers attend where |p - q| <= window // 2."""
     global_every: int = 1
@@ -50,7 +58,9 @@ class ModelConfig:
     init: Literal["scaled", "normal"] = "scaled"
     """scaled: truncated normal, output matrices smaller by sqrt(2 * layers); normal: one normal for all."""
     init_std: float = 0.02
+    """Standard deviation of the initial weights."""
     pad_id: int = 0
+    """Id of [PAD], 0 in every tokenizer of ours; it pads the comparison with transformers."""
 
     def __post_init__(self):
         for key in ("vocab_size", "layers", "width", "heads", "feedforward", "max_len", "global_every"):
@@ -143,14 +153,18 @@ class TrainConfig:
     ramp_fraction: float = 0.6
     """Share of the budget over which the batch grows linearly from one microbatch to batch_tokens."""
     lr: float = 1e-3
+    """Largest learning rate."""
     schedule: Literal["triangle", "one_cycle", "wsd", "linear", "cosine", "trapezoid"] = "wsd"
     """wsd: warm-up, stable, decay by 1 - sqrt; trapezoid is its former name."""
     optimizer: Literal["adamw", "stable_adamw", "muon"] = "adamw"
     """stable_adamw: AdamW with update clipping; muon: Muon for the hidden matrices, AdamW for the rest,
     whose best lr may be several times AdamW's."""
     beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: float = 0.98
+    """AdamW's decay of the mean squared gradient."""
     adam_eps: float = 1e-12
+    """Added to AdamW's denominator."""
     weight_decay: float = 0.01
     """Not applied to norms and biases."""
     max_norm: float = 0.5
@@ -161,6 +175,7 @@ class TrainConfig:
     """Weight of (log Z)^2 in the training loss, Z the normaliser of the softmax; 1e-4 is usual, 0 switches it off."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto: the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Storage of matrices and activations; norms, master weights and the optimizer stay float32."""
     half_accumulation: bool = False
@@ -168,6 +183,7 @@ class TrainConfig:
     graph: Literal["auto", "on", "off"] = "auto"
     """Replay each microbatch from a CUDA graph; auto: on a GPU, where the kernels allow it."""
     seed: int = 0
+    """Of the initial weights, the order of the text and the masks."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
     kernels: tuple[str, ...] = ()

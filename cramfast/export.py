@@ -258,6 +258,8 @@ def _check_free(out_dir: Path, overwrite: bool) -> None:
         return
     if not out_dir.is_dir():
         raise UserError(f"{out_dir}: is a file — choose another folder")
+    if out_dir.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{out_dir}: you are in it, and the export would take its place — name a folder to make")
     held = {path.name for path in out_dir.iterdir()}
     if held and not overwrite:
         raise UserError(f"{out_dir}: not empty — choose another folder, or replace an earlier export with --overwrite")

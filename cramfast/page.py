@@ -1,8 +1,10 @@
 """What the HTML pages share: style sheet, frame, tiles, figures and tables. Nothing in them points outside the page."""
 
-import os
 from html import escape
 from pathlib import Path
+
+from cramfast import atomic
+from cramfast.errors import UserError
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbf9; --card: #ffffff; --ink: #24292f; --soft: #636c76; --grid: #dfe2e6;
@@ -35,10 +37,17 @@ pre { background: var(--card); border: 1px solid var(--grid); border-radius: 8px
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Replace the file whole; returns its path."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    """Replace the file whole; returns its path.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    try:
+        atomic.write_text(path, page)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}) — free disk space or make the folder writable"
+        ) from None
     return path
 
 

@@ -13,9 +13,11 @@ EVALUATIONS = "evaluations"  # folder in a run's, one JSON file for each kind of
 
 @dataclass(frozen=True)
 class Record:
-    """One run. `steps` and `evaluations` hold metrics rows in the order of their steps, each step once."""
+    """One run in `folder`, as it was named. `steps` and `evaluations` hold metrics rows in the order of their steps,
+    each step once."""
 
     name: str
+    folder: Path
     run: dict = field(default_factory=dict)
     steps: list[dict] = field(default_factory=list)
     evaluations: list[dict] = field(default_factory=list)
@@ -129,6 +131,7 @@ def read_record(run_dir: Path) -> Record:
             steps.append(row)
     return Record(
         name=run_dir.resolve().name,
+        folder=run_dir,
         run=run,
         steps=steps,
         evaluations=evaluations,

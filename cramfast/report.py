@@ -11,12 +11,14 @@ from cramfast.errors import command
 from cramfast.page import document, figure, flat, table, tile, write_page
 from cramfast.record import Record, read_record, short, span
 
+SUSPICIOUS_MFU = 0.9  # matmuls take 70 to 80 % of a step's time (docs/log.md)
+
 
 def write_report(run_dir: Path) -> Path:
     """Write report.html into the run's folder and return its path.
 
     Raises:
-        UserError: no run folder, or a damaged config.json or manifest.json.
+        UserError: no run folder, a damaged config.json or manifest.json, or the disk refuses.
     """
     run_dir = Path(run_dir)
     return write_page(run_dir / "report.html", render(read_record(run_dir)))
@@ -98,6 +100,11 @@ def _notes(record: Record) -> list[str]:
         notes.append(f"Resumed {_count(record.resumed, 'time')}; what was done again after a resume is shown once.")
     if record.unreadable_lines:
         notes.append(f"{_count(record.unreadable_lines, 'unreadable line')} of metrics.jsonl left out.")
+    if record.middle("mfu") > SUSPICIOUS_MFU:
+        notes.append(
+            "The MFU is too high to be true: its reference, the matmul peak, is measured when training begins, and "
+            "other work on the machine lowered it then."
+        )
     if len(record.steps) < 10:
         notes.append(f"Only {_count(len(record.steps), 'update')} so far: the charts say little yet.")
     return notes
@@ -189,10 +196,10 @@ def _scores(record: Record) -> list[str]:
 
 def _loading(record: Record) -> str:
     model = record.config.get("model", {})
-    folder, made = f"runs/{record.name}/hf", ""
+    folder, made = str(record.folder / "hf"), ""
     if not record.exported:
         folder = f"{record.name}-hf"
-        made = f"# first: python -m cramfast.export runs/{record.name} {folder}\n"
+        made = f"# first: python -m cramfast.export {record.folder} {folder}\n"
     if model.get("positions") == "sinusoidal" or model.get("first_norm"):
         code = (
             "from cramfast.export import load  # stock transformers cannot express this model\n\n"

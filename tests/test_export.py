@@ -249,6 +249,14 @@ def test_runs_that_cannot_be_exported(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.parametrize("out", [".", ".."])
+def test_the_folder_that_one_is_in_is_not_replaced(run, tmp_path, monkeypatch, out):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="you are in it"):
+        export(run, out, check=False, overwrite=True)
+
+
 def test_a_taken_folder_is_replaced_only_when_asked_and_only_an_export(run, tmp_path):
     out = tmp_path / "out"
     export(run, out, check=False)

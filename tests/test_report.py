@@ -144,6 +144,27 @@ def test_errors_name_the_file(tmp_path, run):
         write_report(run)
 
 
+def test_a_report_that_cannot_be_written_is_named(run):
+    (run / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"report\.html: cannot be written .*disk"):
+        write_report(run)
+
+
+def test_the_model_is_loaded_from_where_it_lies(run, monkeypatch):
+    monkeypatch.chdir(run.parent.parent)
+    named = run.relative_to(run.parent.parent)
+    assert f"python -m cramfast.export {named} trial-hf" in write_report(named).read_text()
+    (run / "hf").mkdir()
+    (run / "hf" / "config.json").touch()
+    assert f"model=&quot;{named}/hf&quot;" in write_report(named).read_text()
+
+
+def test_an_mfu_too_high_to_be_true_is_said_so(run):
+    assert "too high" not in page_of(run)
+    write(run, [row | ({"mfu": 0.99} if "mfu" in row else {}) for row in rows(4)])
+    assert "too high to be true" in page_of(run)
+
+
 def test_bins_keep_mean_and_range():
     x = list(range(10_000))
     y = [math.nan if i % 100 == 7 else float(i % 10) for i in x]

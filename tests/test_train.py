@@ -1,5 +1,7 @@
 """The loop: it learns, it records what it did, a record repeats it, and what is not finite is left out."""
 
+import ast
+import inspect
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import torch
 from fake_loader import rows, run, same_bits, small_config, weights
 
 from cramfast import commandline, feed, runfolder, stages, train
+from cramfast import config as config_module
 from cramfast.budget import Progress, read_replay
 from cramfast.config import config_hash, differing_key, from_json, to_json
 from cramfast.errors import UserError
@@ -184,6 +187,21 @@ def test_command_line_takes_a_recipe():
 def test_values_that_cannot_work_are_named(args, word):
     with pytest.raises(UserError, match=word):
         parsed(*args)
+
+
+def test_only_missing_text_is_called_docstrings(capsys):
+    commandline.print_config(small_config())
+    output = capsys.readouterr().out
+    assert "data=(docstrings)" in output and "kernels=()" in output
+
+
+def test_every_key_has_a_text():
+    """--help shows it: each field of a config is followed by its docstring, but for those that are configs."""
+    for node in ast.parse(inspect.getsource(config_module)).body:
+        body = node.body if isinstance(node, ast.ClassDef) else []
+        for field, after in pairwise([*body, None]):
+            if isinstance(field, ast.AnnAssign) and not isinstance(field.value, ast.Call):
+                assert isinstance(after, ast.Expr), f"{node.name}.{field.target.id}"
 
 
 def test_unknown_flag_gets_a_suggestion(capsys):

@@ -1,10 +1,9 @@
 """Where scores go: a JSON file, the run's report and the exported model card."""
 
 import json
-import os
 from pathlib import Path
 
-from cramfast import modelcard, report
+from cramfast import atomic, modelcard, report
 from cramfast.errors import UserError
 from cramfast.evaluate.checkpoints import Checkpoint
 from cramfast.record import EVALUATIONS, read_json, read_record
@@ -35,11 +34,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: the disk refused.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        atomic.write_text(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}) — choose another --out") from None
 
@@ -59,7 +55,7 @@ def publish(model: Checkpoint) -> list[Path]:
     card = model.run_dir / "hf" / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8")
-        card.write_text(modelcard.with_scores(text, read_record(model.run_dir).scores), encoding="utf-8")
+        write_text(card, modelcard.with_scores(text, read_record(model.run_dir).scores))
         changed.append(card)
     return changed
 
