@@ -107,6 +107,8 @@ def prepare(
         return folder
     if out is None:
         shutil.rmtree(folder, ignore_errors=True)  # damaged; ours to make again
+    elif folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{folder}: you are in it, and the preparation would take its place — name a folder to make")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not empty and not this preparation — name another folder with --out, or remove it")
     with _building(folder) as partial:

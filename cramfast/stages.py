@@ -43,6 +43,18 @@ def print_graph(config: TrainConfig) -> None:
     print(f"  {'CUDA graph':<14} {'on' if captured else 'off':<10} {reason}", flush=True)
 
 
+def as_prepared(config: TrainConfig) -> TrainConfig:
+    """The config with what its prepared folder says of the text, if its data are one; the record must not say else."""
+    if len(config.data) != 1 or not prepare.is_prepared(Path(config.data[0])):
+        return config
+    manifest = read_manifest(Path(config.data[0]))
+    keys = [key for key in ("tokenizer", "heldout_fraction", "documents", "text_key") if key in manifest]
+    if changed := [key for key in keys if manifest[key] != getattr(config, key)]:
+        told = ", ".join(f"{key}={manifest[key]}" for key in changed)
+        print(f"note: {config.data[0]} was prepared with {told}, and stays so")
+    return replace(config, **{key: manifest[key] for key in keys})
+
+
 def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
     """Prepared folder for the config's text, and the config with the tokenizer's true vocabulary size.
 

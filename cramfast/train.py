@@ -209,7 +209,7 @@ def choose_budget(request: Request) -> Budget | Replay:
 def main() -> None:
     """The command line: every stage, with its progress, from text to an exported model."""
     request = parse()
-    config = request.config
+    config = stages.as_prepared(request.config)
     if config.threads:
         torch.set_num_threads(config.threads)
     keep_freed_memory()

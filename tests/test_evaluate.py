@@ -9,6 +9,7 @@ import torch
 from tiny_run import SENTENCES, make_run, tiny_config
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from cramfast import checkpoint
 from cramfast.errors import UserError
 from cramfast.evaluate import __main__ as commandline
 from cramfast.evaluate import blimp, checkpoints, cola, examples, finetune, glue, masked, owntask, perplexity, scores
@@ -55,6 +56,8 @@ def stock_log_probability(stock, ids, place):
 )
 def test_an_exported_folder_is_the_same_model(tmp_path, changes):
     run = make_run(tmp_path / "run", tiny_config(**changes))
+    one = checkpoints.load(checkpoint.newest(run))
+    assert (one.name, one.run_dir) == (checkpoints.load(run).name, run)
     ours, theirs = checkpoints.load(run), checkpoints.load(export(run, tmp_path / "out", check=False).path)
     assert theirs.encoder.config.head == ours.encoder.config.head
     sequence = masked.Hidden([2, 4, *range(9, 99), 4, 3], [1, 92], [10, 12])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from cramfast import prepare as stage
-from cramfast import splits
+from cramfast import splits, stages
 from cramfast.errors import UserError, command
 from cramfast.loader import PreparedText, read_manifest, verify
 from cramfast.prepare import prepare
+from cramfast.recipes import starting_config
 
 CORPUS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "corpus" / "small.txt.xz"
 OPTIONS = {"vocab_size": 512}
@@ -151,8 +153,22 @@ def test_a_folder_of_text_may_have_its_own_manifest(tmp_path):
     verify(prepare((str(tmp_path),), None, **OPTIONS))
 
 
-def test_an_occupied_folder_is_left_alone(tmp_path):
+def test_a_run_on_a_prepared_folder_records_how_that_was_prepared(tmp_path, capsys):
     data = write_text(tmp_path / "a.txt")
+    folder = prepare((data,), tmp_path / "out", **OPTIONS | {"tokenizer": "bpe"})
+    asked = starting_config("tiny", None, "cpu")
+    assert stages.as_prepared(replace(asked, data=(str(folder),))).tokenizer == "bpe"
+    assert "out was prepared with tokenizer=bpe" in capsys.readouterr().out
+    text = replace(asked, data=(data,))
+    assert stages.as_prepared(text) == text
+
+
+def test_an_occupied_folder_is_left_alone(tmp_path, monkeypatch):
+    data = write_text(tmp_path / "a.txt")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"^\.: you are in it"):
+        prepare((data,), Path("."), **OPTIONS)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.doc").write_text("years of work")
     with pytest.raises(UserError, match="out: not empty"):

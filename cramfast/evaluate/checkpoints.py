@@ -73,7 +73,7 @@ class Checkpoint:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read the newest checkpoint of a run, or an exported or stock ModernBERT folder.
+    """Read the newest checkpoint of a run, one checkpoint of it, or an exported or stock ModernBERT folder.
 
     Raises:
         UserError: neither of them, a damaged file, a model that our encoder cannot express.
@@ -94,8 +94,10 @@ def load(folder: Path) -> Checkpoint:
     if kind is not None:
         raise UserError(f"{folder}: a {kind} model — cramfast evaluates its own runs and ModernBERT folders")
     encoder, _ = checkpoint.load_model(folder)
-    step = checkpoint.newest(folder).name.removeprefix("step-").lstrip("0") or "0"
-    return Checkpoint(folder, f"{name}, step {step}", encoder, _read_tokenizer(folder), None, folder)
+    newest = checkpoint.newest(folder)
+    run = folder if newest else folder.resolve().parent.parent
+    step = (newest or folder.resolve()).name.removeprefix("step-").lstrip("0") or "0"
+    return Checkpoint(folder, f"{run.resolve().name}, step {step}", encoder, _read_tokenizer(run), None, run)
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
