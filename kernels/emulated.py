@@ -4,6 +4,7 @@ Needs a checkout, a C++ compiler and pybind11; nothing at run time asks for it. 
 folder under a hash of all sources, so that one change compiles one file.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -70,8 +71,10 @@ def build(name: str, sources: Iterable[Path], architecture: int, includes: Itera
             _run([*flags, "-c", "-x", "c++", str(source), "-o"], target)
         return target
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+    with (cache_folder() / f"sm{architecture // 10}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one test run wait for each other's objects
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
     key = hashlib.sha256("\n".join(o.name for o in objects).encode()).hexdigest()[:16]
     library = cache_folder() / f"{name}-sm{architecture // 10}-{key}.so"
     if not library.exists():
