@@ -42,6 +42,8 @@ class NoDevice:
 
 def run_operators(dtype: torch.dtype) -> None:
     """Call every operator that has Triton kernels, forward and backward."""
+    from cramfast.kernels.triton_cross_entropy import LONGEST_ROW  # imports Triton, which must see NoDevice first
+
     ops, rows = torch.ops.cramfast, torch.zeros(N, D, dtype=dtype)
     vector, gates = torch.zeros(D), torch.zeros(N, 2 * F, dtype=dtype)
     weight, table = torch.zeros(2 * F, D, dtype=dtype), torch.zeros(V, 64, dtype=dtype)
@@ -50,7 +52,9 @@ def run_operators(dtype: torch.dtype) -> None:
     ops.glu_fwd(gates, "gelu", "triton")
     ops.glu_bwd(gates[:, :F].contiguous(), gates, "gelu", "triton")
     ops.layernorm_glu_fwd(rows, rows, vector, None, weight, "gelu", 1e-5, "triton")
-    ops.masked_cross_entropy_fwd(table[:N], table, torch.zeros(N, dtype=torch.int64), 0.0, True, "triton")
+    for vocabulary in (LONGEST_ROW, V):  # a row held whole, and one in chunks
+        decoder, targets = table[:vocabulary], torch.zeros(N, dtype=torch.int64)
+        ops.masked_cross_entropy_fwd(table[:N], decoder, targets, 0.0, True, "triton")
     if dtype != torch.float32:
         buffers = [torch.zeros(P) for _ in range(4)]
         segments = (torch.tensor([P // 2, P]), torch.zeros(2), torch.ones(2), torch.zeros(5))

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 
+from cramfast.pack import mix
+
 WINDOW_BYTES = 24
 HASHES = 128
 RECALL = 0.99  # least probability that two documents of exactly the wanted similarity are compared
@@ -84,14 +86,6 @@ class NearDuplicates:
 
 
 @numba.njit(cache=True, nogil=True)
-def _mix(x):
-    """The finaliser of SplitMix64, as in pack.py."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@numba.njit(cache=True, nogil=True)
 def _normalize(text, out):
     """Copy letters, digits and non-ASCII bytes, lower-cased, everything between them as one space; returns the size."""
     size = 0
@@ -121,7 +115,7 @@ def sign(text, sizes, scratch, signatures):
     # Hash function k maps a window's 32-bit hash x to a_k x + b_k, a_k odd: a permutation of the 32-bit numbers.
     factors, terms = np.empty(HASHES, np.uint32), np.empty(HASHES, np.uint32)
     for k in range(HASHES):
-        drawn = _mix(np.uint64(k + 1) * np.uint64(0x9E3779B97F4A7C15))
+        drawn = mix(np.uint64(k + 1) * np.uint64(0x9E3779B97F4A7C15))
         factors[k], terms[k] = np.uint32(drawn) | np.uint32(1), np.uint32(drawn >> np.uint64(32))
     base = np.uint64(0x100000001B3)  # FNV's prime; the rolling hash is a polynomial in it
     leaving = np.uint64(1)
@@ -139,7 +133,7 @@ def sign(text, sizes, scratch, signatures):
             if i >= WINDOW_BYTES:
                 rolling -= leaving * (np.uint64(scratch[i - WINDOW_BYTES]) + np.uint64(1))
             if i >= WINDOW_BYTES - 1 or i == size - 1:  # a shorter document is one window
-                x = np.uint32(_mix(rolling))
+                x = np.uint32(mix(rolling))
                 for k in range(HASHES):
                     value = np.uint32(factors[k] * x + terms[k])
                     least[k] = min(least[k], value)
@@ -152,7 +146,7 @@ def _band(signature, band, rows):
     """64-bit hash of one band of a signature."""
     hashed = np.uint64(band + 1)
     for i in range(band * rows, (band + 1) * rows):
-        hashed = _mix(hashed + np.uint64(signature[i]) * np.uint64(0x9E3779B97F4A7C15))
+        hashed = mix(hashed + np.uint64(signature[i]) * np.uint64(0x9E3779B97F4A7C15))
     return hashed
 
 

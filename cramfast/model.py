@@ -28,6 +28,8 @@ class Norm(nn.Module):
 
 
 class Embeddings(nn.Module):
+    """Parameters of the token table (V, D), its norm and, with sinusoidal positions, their scale."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
@@ -37,6 +39,8 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
+    """Parameters of attention: Wqkv (3 D, D) and Wo (D, D), without biases."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.Wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
@@ -44,6 +48,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Parameters of the gated block: Wi (2 F, D) and Wo (D, F), without biases."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         # The first F rows are activated, the last F multiply them: the order of Hugging Face and of the paper alike.
@@ -52,6 +58,8 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
+    """Parameters of one layer: attention and feed-forward block, each behind its norm; Encoder.block computes it."""
+
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         if index > 0 or config.first_norm:
@@ -65,6 +73,8 @@ class Layer(nn.Module):
 
 
 class Head(nn.Module):
+    """Parameters of the prediction head before the decoder: dense (D, D) and norm."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dense = nn.Linear(config.width, config.width, bias=False)
@@ -207,7 +217,6 @@ class Encoder(nn.Module):
 
         With `kept_M`, distinct indices, only these rows go on once attention has mixed them all.
         """
-        config = self.config
         if layer.attn_norm is None:
             y_ND = stream_ND
         elif delta_ND is None:
@@ -217,12 +226,7 @@ class Encoder(nn.Module):
         mixed_ND = self.attend(layer, y_ND, cu_seqlens, max_seqlen)
         if kept_M is not None:
             mixed_ND, stream_ND = SelectRows.apply(mixed_ND, kept_M), SelectRows.apply(stream_ND, kept_M)
-        delta_ND = self.drop(linear(mixed_ND, layer.attn.Wo.weight))
-        norm, gate = layer.mlp_norm, config.activation
-        h_NF, stream_ND = kernels.layernorm_glu(
-            delta_ND, norm.weight, norm.bias, layer.mlp.Wi.weight, gate, stream_ND, config.norm_eps
-        )
-        return self.drop(linear(h_NF, layer.mlp.Wo.weight)), stream_ND
+        return self.feedforward(layer, self.drop(self.output(layer, mixed_ND)), stream_ND)
 
     def attend(self, layer: Layer, y_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """(N, D) values mixed by the attention of all heads, before the output matrix."""
@@ -238,6 +242,18 @@ class Encoder(nn.Module):
     def qkv(self, layer: Layer, y_ND: Tensor) -> Tensor:
         """(N, 3 D) queries, keys and values of all heads."""
         return linear(y_ND, layer.attn.Wqkv.weight)
+
+    def output(self, layer: Layer, mixed_ND: Tensor) -> Tensor:
+        """(N, D) attention's delta from what attend() mixed."""
+        return linear(mixed_ND, layer.attn.Wo.weight)
+
+    def feedforward(self, layer: Layer, delta_ND: Tensor, stream_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The feed-forward block's own delta_ND, and the stream with `delta_ND` added."""
+        norm, config = layer.mlp_norm, self.config
+        h_NF, stream_ND = kernels.layernorm_glu(
+            delta_ND, norm.weight, norm.bias, layer.mlp.Wi.weight, config.activation, stream_ND, config.norm_eps
+        )
+        return self.drop(linear(h_NF, layer.mlp.Wo.weight)), stream_ND
 
     def attention(self, qkv_N3HK: Tensor, cu_seqlens: Tensor, max_seqlen: int, rotary, window: int | None) -> Tensor:
         """(N, H, K), as kernels.varlen_attention."""

@@ -205,7 +205,7 @@ def fill(ids, starts, lengths, members, out, offsets, places, cls, sep):
 
 
 @numba.njit(cache=True, nogil=True)
-def _mix(x):
+def mix(x):
     """The finaliser of SplitMix64 (Steele, Lea, Flood, 2014): every input bit reaches every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -221,12 +221,12 @@ def mask_keys(places, eligible, seed, epoch, keys, positions):
         eligible: (N,) bool.
         keys, positions: (N,) uint64 and int64 to write.
     """
-    # One is added to seed and place, because _mix(0) is 0, the key that is always among the chosen.
-    stream = _mix((np.uint64(seed) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch))
+    # One is added to seed and place, because mix(0) is 0, the key that is always among the chosen.
+    stream = mix((np.uint64(seed) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch))
     count = 0
     for i in range(len(places)):
         if eligible[i]:
-            keys[count] = _mix(stream + (np.uint64(places[i]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+            keys[count] = mix(stream + (np.uint64(places[i]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
             positions[count] = i
             count += 1
     return count
@@ -236,7 +236,7 @@ def mask_keys(places, eligible, seed, epoch, keys, positions):
 def replace_masked(out, chosen, keys, mask, first_word, word_count, all_mask):
     """Hide the chosen tokens: 80 % [MASK], 10 % a random word, 10 % kept; or [MASK] always."""
     for i in range(len(chosen)):
-        draw = _mix(keys[i] + np.uint64(1))
+        draw = mix(keys[i] + np.uint64(1))
         action = draw % np.uint64(10)
         if all_mask or action < 8:
             out[chosen[i]] = mask

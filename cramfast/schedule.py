@@ -34,6 +34,7 @@ def cosine(f: float) -> float:
 
 
 def warm_up(f: float) -> float:
+    """From START to one over the first WARM_UP of the budget, then one."""
     return min(1.0, START + (1.0 - START) * f / WARM_UP)
 
 

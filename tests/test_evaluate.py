@@ -12,12 +12,9 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from cramfast import checkpoint
 from cramfast.errors import UserError
 from cramfast.evaluate import __main__ as commandline
-from cramfast.evaluate import blimp, checkpoints, cola, examples, finetune, glue, masked, owntask, perplexity, scores
-from cramfast.evaluate.tasks import TASKS
+from cramfast.evaluate import blimp, checkpoints, examples, finetune, masked, owntask, perplexity, scores
 from cramfast.export import export
-from cramfast.modelcard import with_scores
 from cramfast.record import read_record
-from cramfast.scoretable import ScoreTable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOCAL = {"window": 16, "global_every": 2, "rope_theta_global": 160000.0, "rope_theta_local": 5000.0}
@@ -423,41 +420,3 @@ def test_own_task(tmp_path, run, monkeypatch, capsys):
     train.write_text("first\tmood\n" + "".join(f"x\t{i / 7}\n" for i in range(20)))
     with pytest.raises(UserError, match="use --metric pearson"):
         owntask.read_pair(train, dev, (), "mood", False, False)
-
-
-def test_the_mean_needs_all_nine():
-    def entry(rows, remark=""):
-        return {"metric": "f1", "remark": remark, "left_out_rows": 0, "scores": {row: [0.5, 0.7, 0.9] for row in rows}}
-
-    class Named:
-        name = "m"
-
-    whole = {name: entry([examples.dev_name(t, split) for split in t.dev]) for name, t in TASKS.items()}
-    table = glue.glue_table(Named, "cramming", whole)
-    assert table.rows[0] == ["cola", "f1", "70.00", "50.00", "90.00", "20.00", "3", "official"]
-    assert table.rows[-1][:3] == ["mean of the 9 numbers", "", "70.00"] and len(table.notes) == 1
-    table = glue.glue_table(Named, "cramming", {**whole, "qqp": entry(["qqp"], "unofficial (3 rows)")})
-    assert table.rows[-1][0] == "partial mean, 8 of the 9 numbers"
-    assert not any("mean" in row[0] for row in glue.glue_table(Named, "cramming", {"a": entry(["a"], "own")}).rows)
-
-
-def test_cola_by_annotation(tmp_path):
-    path = tmp_path / "a.tsv"
-    path.write_text("sentence\tlabel\tquestion\tlong\nOne.\t1\t1\t0\nTwo.\t0\t1\t0\nElse.\t1\t1\t1\n")
-    members = cola.read_annotations(path, ["One.", "Two.", "Three."])
-    assert members == {"question": [0, 1]}
-    found = cola.group("question", [0, 1], [1, 0, 1], [[1, 0, 0], [1, 1, 0]])
-    assert found.accuracy == [1.0, 0.5] and found.matthews == [1.0, 0.0]
-    assert cola.group("one", [0], [1, 0], [[1, 0]]).matthews == []
-    path.write_text("sentence\tquestion\nOne.\tyes\n")
-    with pytest.raises(UserError, match="no column of 0 and 1"):
-        cola.read_annotations(path, ["One."])
-
-
-def test_scores_in_a_card_are_replaced():
-    table = ScoreTable("T", ["a|b", "c"], [["x", "1"]], ["note"])
-    text = "# m\n\n## Figures\n\n## Data\n\nrows\n"
-    once = with_scores(text, [table])
-    assert "| a\\|b | c |" in once and with_scores(once, [table]) == once
-    assert with_scores(once, []) == text
-    assert with_scores("# m\n", [table]).startswith("# m\n\n## Scores\n")

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from cramfast.errors import UserError
-from cramfast.evaluate import blimp, examples, scores
+from cramfast.evaluate import blimp, cola, examples, glue, scores
 from cramfast.evaluate.tasks import NUMBERS, TASKS, find_task
+from cramfast.modelcard import with_scores
+from cramfast.scoretable import ScoreTable
 
 DATA = Path(os.environ.get("CRAMFAST_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no such folder: {DATA} (CRAMFAST_TEST_DATA names it)")
@@ -112,3 +114,41 @@ def test_stand_ins_can_be_read(name):
 def test_whole_blimp():
     paradigms = blimp.read_blimp(DATA / "blimp" / "blimp.jsonl.xz")
     assert [len(p.pairs) for p in paradigms] == [blimp.PAIRS] * blimp.PARADIGMS
+
+
+def test_the_mean_needs_all_nine():
+    def entry(rows, remark=""):
+        return {"metric": "f1", "remark": remark, "left_out_rows": 0, "scores": {row: [0.5, 0.7, 0.9] for row in rows}}
+
+    class Named:
+        name = "m"
+
+    whole = {name: entry([examples.dev_name(t, split) for split in t.dev]) for name, t in TASKS.items()}
+    table = glue.glue_table(Named, "cramming", whole)
+    assert table.rows[0] == ["cola", "f1", "70.00", "50.00", "90.00", "20.00", "3", "official"]
+    assert table.rows[-1][:3] == ["mean of the 9 numbers", "", "70.00"] and len(table.notes) == 1
+    table = glue.glue_table(Named, "cramming", {**whole, "qqp": entry(["qqp"], "unofficial (3 rows)")})
+    assert table.rows[-1][0] == "partial mean, 8 of the 9 numbers"
+    assert not any("mean" in row[0] for row in glue.glue_table(Named, "cramming", {"a": entry(["a"], "own")}).rows)
+
+
+def test_cola_by_annotation(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("sentence\tlabel\tquestion\tlong\nOne.\t1\t1\t0\nTwo.\t0\t1\t0\nElse.\t1\t1\t1\n")
+    members = cola.read_annotations(path, ["One.", "Two.", "Three."])
+    assert members == {"question": [0, 1]}
+    found = cola.group("question", [0, 1], [1, 0, 1], [[1, 0, 0], [1, 1, 0]])
+    assert found.accuracy == [1.0, 0.5] and found.matthews == [1.0, 0.0]
+    assert cola.group("one", [0], [1, 0], [[1, 0]]).matthews == []
+    path.write_text("sentence\tquestion\nOne.\tyes\n")
+    with pytest.raises(UserError, match="no column of 0 and 1"):
+        cola.read_annotations(path, ["One."])
+
+
+def test_scores_in_a_card_are_replaced():
+    table = ScoreTable("T", ["a|b", "c"], [["x", "1"]], ["note"])
+    text = "# m\n\n## Figures\n\n## Data\n\nrows\n"
+    once = with_scores(text, [table])
+    assert "| a\\|b | c |" in once and with_scores(once, [table]) == once
+    assert with_scores(once, []) == text
+    assert with_scores("# m\n", [table]).startswith("# m\n\n## Scores\n")

@@ -150,7 +150,9 @@ def test_text_in_another_script_is_not_lost_in_silence(tmp_path, capsys):
 def test_a_folder_of_text_may_have_its_own_manifest(tmp_path):
     write_text(tmp_path / "text.txt")
     (tmp_path / "manifest.json").write_text("{}")
-    verify(prepare((str(tmp_path),), None, **OPTIONS))
+    folder = prepare((str(tmp_path),), None, **OPTIONS)
+    verify(folder)
+    assert read_manifest(folder)["sources"] == [tmp_path.name]
 
 
 def test_a_run_on_a_prepared_folder_records_how_that_was_prepared(tmp_path, capsys):

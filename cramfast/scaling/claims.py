@@ -51,10 +51,12 @@ class Claim:
 
 
 def needs_gpu(config: TrainConfig) -> str:
+    """Obstacle of what only a GPU has."""
     return "" if config.device == "cuda" else "needs a GPU"
 
 
 def needs_long_positions(config: TrainConfig) -> str:
+    """Obstacle of sequences of 512 tokens where tables or microbatches are shorter."""
     if config.model.max_len >= 512 and config.microbatch_tokens >= 512:
         return ""
     return "needs model.max_len and microbatch_tokens of 512"

@@ -133,6 +133,7 @@ def tables(found: dict[str, Any]) -> list[ScoreTable]:
 
 
 def law_table(found: dict[str, Any]) -> ScoreTable:
+    """The constants with their intervals."""
     rows = [
         [key, f"{value:.4g}", "{:.4g} to {:.4g}".format(*found["intervals"][key])]
         for key, value in found["law"].items()
@@ -154,6 +155,7 @@ def law_table(found: dict[str, Any]) -> ScoreTable:
 
 
 def prediction_table(found: dict[str, Any]) -> ScoreTable:
+    """Runs left out of a fit, measured beside predicted loss in nats per masked token."""
     rows = [
         [p["name"], short(p["N"]), short(p["D"]), f"{p['measured']:.4f}", f"{p['predicted']:.4f}",
          "{:.4f} to {:.4f}".format(*p["interval"]), f"{p['error']:+.2%}"]
@@ -164,6 +166,7 @@ def prediction_table(found: dict[str, Any]) -> ScoreTable:
 
 
 def shift_table(found: dict[str, Any]) -> ScoreTable:
+    """The factor on tokens between two shapes of equal size, with what is left after it."""
     rows = []
     for s in found["shifts"]:
         between = "–" if s["interval"] is None else "{:.3f} to {:.3f}".format(*s["interval"])
@@ -181,6 +184,7 @@ def shift_table(found: dict[str, Any]) -> ScoreTable:
 
 
 def advice_table(found: dict[str, Any]) -> ScoreTable:
+    """Size, tokens and expected loss for each budget."""
     rows = [advice_row(budget_name(a["budget"]), a, "–") for a in found["advice"]["hours"]]
     for a in found["advice"]["flops"]:
         rows.append(advice_row(f"{short(a['budget'])} FLOPs", a, "{} × {}".format(*map(short, a["six_nd"]))))
@@ -194,6 +198,7 @@ def advice_table(found: dict[str, Any]) -> ScoreTable:
 
 
 def advice_row(name: str, a: dict[str, Any], closed: str) -> list[str]:
+    """One budget's line; `closed` is what 6ND says."""
     sizes, losses = " to ".join(map(short, a["N_interval"])), "{:.3f} to {:.3f}".format(*a["loss_interval"])
     return [name, short(a["N"]), sizes, short(a["D"]), f"{a['loss']:.3f}", losses, closed, "beyond" * a["beyond"]]
 

@@ -21,7 +21,7 @@ from cramfast.feed import training_source
 from cramfast.kernels import dispatch, reference
 from cramfast.kernels.linear import linear
 from cramfast.loader import BatchSource, Source
-from cramfast.model import Encoder, SelectRows
+from cramfast.model import Encoder
 from cramfast.muon import Muon
 from cramfast.optim import AdamW, StableAdamW
 
@@ -33,17 +33,7 @@ LONG = 512  # BERT's sequence length
 class SeparateGate(Encoder):
     """LayerNorm, matrix and gate of the feed-forward block as three autograd nodes of our kernels."""
 
-    def block(self, layer, delta_ND, stream_ND, cu_seqlens, max_seqlen, kept_M=None):
-        if layer.attn_norm is None:
-            y_ND = stream_ND
-        elif delta_ND is None:
-            y_ND = self.norm(layer.attn_norm, stream_ND)[0]
-        else:
-            y_ND, stream_ND = self.norm(layer.attn_norm, delta_ND, stream_ND)
-        mixed_ND = self.attend(layer, y_ND, cu_seqlens, max_seqlen)
-        if kept_M is not None:
-            mixed_ND, stream_ND = SelectRows.apply(mixed_ND, kept_M), SelectRows.apply(stream_ND, kept_M)
-        delta_ND = self.drop(self.biased(layer.attn, "Wo", linear(mixed_ND, layer.attn.Wo.weight)))
+    def feedforward(self, layer, delta_ND, stream_ND):
         y_ND, stream_ND = self.norm(layer.mlp_norm, delta_ND, stream_ND)
         gates_N2F = self.biased(layer.mlp, "Wi", linear(y_ND, layer.mlp.Wi.weight))
         h_NF = kernels.glu(gates_N2F, self.config.activation)
@@ -67,7 +57,10 @@ class Biases(SeparateGate):
         return y_NE + getattr(part, f"{name}_bias").to(y_NE.dtype)
 
     def qkv(self, layer, y_ND):
-        return self.biased(layer.attn, "Wqkv", linear(y_ND, layer.attn.Wqkv.weight))
+        return self.biased(layer.attn, "Wqkv", super().qkv(layer, y_ND))
+
+    def output(self, layer, mixed_ND):
+        return self.biased(layer.attn, "Wo", super().output(layer, mixed_ND))
 
 
 class DensePrediction(Encoder):
