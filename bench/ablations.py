@@ -7,15 +7,19 @@ seconds of the option). A loss read off the middle of the longer curve would not
 budget and the rate has not decayed there; a budget in seconds would charge an option for whatever else the machine did.
 
 Every finished run is a line of --results; started again with the same file, only the missing ones are made. Run it on a
-quiet machine: the times of a busy one say nothing.
+quiet machine: the times of a busy one say nothing. Small models keep two cores busier as two runs of one thread each
+(--jobs 2 --threads 1) than as one run of two; then every run has the same company.
 """
 
 import json
 import math
+import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -86,7 +90,9 @@ class Options:
     only: tuple[str, ...] = ()
     """Names of the options to run, beside the default; nothing: all of them."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to torch."""
+    """CPU threads of a run; 0 leaves the choice to torch."""
+    jobs: int = 1
+    """Runs at the same time."""
     estimate: bool = False
     """Say how long it will take, and stop."""
 
@@ -102,6 +108,7 @@ class Plan:
     device: str
     dtype: str
     threads: int
+    jobs: int
 
 
 @dataclass(frozen=True)
@@ -131,31 +138,55 @@ def chosen(options: Options) -> list[str]:
 
 
 def train_once(config: TrainConfig, prepared: Path, budget: Budget) -> dict:
-    """Train in a folder that is removed afterwards; what its record says at the end."""
+    """Train in a folder that is removed afterwards; what its record says at the end.
+
+    Raises:
+        KeyboardInterrupt: a signal ended the training before its budget.
+    """
     config = replace(config, eval_interval=NEVER_S, checkpoint_interval=NEVER_S)
     with tempfile.TemporaryDirectory() as scratch:
-        train(config, Path(scratch), prepared, budget)
+        if not train(config, Path(scratch), prepared, budget):
+            raise KeyboardInterrupt
         record = read_record(Path(scratch))
     keys = ("heldout_loss", "heldout_accuracy", "tokens", "seconds")
     return {key: record.last(key) for key in keys} | {"steps": len(record.steps), "skipped": record.skipped}
 
 
+def workers(options: Options) -> ProcessPoolExecutor:
+    """Processes that train, as many as runs go at a time.
+
+    Raises:
+        UserError: fewer than one.
+    """
+    if options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}: use 1 or more")
+    return ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), begin, (options.threads,))
+
+
+def begin(threads: int) -> None:
+    """What a process does before its first run."""
+    if threads:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
 def make_plan(tokens: int, seconds: float, options: Options, config: TrainConfig) -> Plan:
     """The plan of these options on this machine."""
-    threads = torch.get_num_threads()
-    return Plan(tokens, seconds, options.preset, config_hash(config), config.device, config.dtype, threads)
+    threads = options.threads or torch.get_num_threads()
+    of_runs = (options.preset, config_hash(config), config.device, config.dtype, threads, options.jobs)
+    return Plan(tokens, seconds, *of_runs)
 
 
-def new_plan(options: Options, config: TrainConfig, prepared: Path) -> Plan:
+def new_plan(options: Options, config: TrainConfig, prepared: Path, pool: Executor) -> Plan:
     """A plan with the speed of the default, from a trial that goes through the whole schedule in a few seconds."""
     seconds = 60 * options.minutes_per_run
-    trial = train_once(config, prepared, Budget("seconds", min(CALIBRATION_S, seconds)))
+    trial = pool.submit(train_once, config, prepared, Budget("seconds", min(CALIBRATION_S, seconds))).result()
     tokens_per_s = trial["tokens"] / trial["seconds"]
     tokens = options.tokens or round(seconds * tokens_per_s)
     return make_plan(tokens, tokens / tokens_per_s, options, config)
 
 
-def open_results(options: Options, config: TrainConfig, prepared: Path) -> tuple[Plan, list[dict]]:
+def open_results(options: Options, config: TrainConfig, prepared: Path, pool: Executor) -> tuple[Plan, list[dict]]:
     """The plan and the finished runs of the results file; a new file gets its plan.
 
     Raises:
@@ -171,7 +202,7 @@ def open_results(options: Options, config: TrainConfig, prepared: Path) -> tuple
                 remedy = "choose another --results, or the values of before"
                 raise UserError(f"{options.results}: begun with {key}={getattr(plan, key)!r}, not {value!r} — {remedy}")
         return plan, rows[1:]
-    plan = new_plan(options, config, prepared)
+    plan = new_plan(options, config, prepared, pool)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     append(options.results, {"plan": vars(plan)} | machine.description())
     return plan, []
@@ -232,7 +263,8 @@ def table(rows: list[dict], plan: Plan) -> ScoreTable:
         lines.append([*cells, f"{speed(rows, option):.2f}×", str(len(pairs(rows, option, TOKENS)))])
     columns = ["option", "held-out loss", "Δ at equal tokens", "Δ at equal time", "speed", "seeds"]
     notes = [
-        f"Preset {plan.preset}, {plan.tokens:,} tokens a run, {plan.dtype} on {plan.device}, {plan.threads} threads. "
+        f"Preset {plan.preset}, {plan.tokens:,} tokens a run, {plan.dtype} on {plan.device}, {plan.threads} threads, "
+        f"{plan.jobs} at a time. "
         "Held-out loss: nats per masked token, 15 % masked whatever the option trains with. Δ: difference to the "
         "default of the same seed, below zero is better. ±: standard deviation over the seeds. Equal time: trained "
         f"again for tokens × speed where the speed is more than {SAME_SPEED:.0%} off, else the run at equal tokens."
@@ -261,33 +293,41 @@ def estimate(options: Options, plan: Plan, rows: list[dict], names: list[str]) -
     )
 
 
-def run_missing(runs: Iterator[Run], rows: list[dict], results: Path, config: TrainConfig, prepared: Path) -> None:
-    """Train what has no line yet; each run adds its line to the file and to `rows`."""
-    for run in runs:
-        if any((row["option"], row["seed"], row["equal"]) == run.key for row in rows):
-            continue
+def run_missing(
+    runs: Iterator[Run], rows: list[dict], options: Options, config: TrainConfig, prepared: Path, pool: Executor
+) -> None:
+    """Train what has no line yet; each run adds its line to the results file and to `rows`."""
+
+    def submit(run: Run):
         print(f"{run.option}, seed {run.seed}, equal {run.equal}: {run.tokens:,} tokens", flush=True)
-        done = train_once(replace(OPTIONS[run.option](config), seed=run.seed), prepared, Budget("tokens", run.tokens))
-        row = {"option": run.option, "seed": run.seed, "equal": run.equal, "planned_tokens": run.tokens} | done
-        append(results, row)
-        rows.append(row)
+        option = replace(OPTIONS[run.option](config), seed=run.seed)
+        return pool.submit(train_once, option, prepared, Budget("tokens", run.tokens))
+
+    done = {(row["option"], row["seed"], row["equal"]) for row in rows}
+    missing = iter([run for run in runs if run.key not in done])
+    running = {submit(run): run for run in islice(missing, options.jobs)}
+    while running:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            run = running.pop(future)
+            row = {"option": run.option, "seed": run.seed, "equal": run.equal, "planned_tokens": run.tokens}
+            append(options.results, row | future.result())
+            rows.append(row | future.result())
+            running |= {submit(following): following for following in islice(missing, 1)}
 
 
 def main() -> None:
     """Prepare, estimate, train, print."""
     options = tyro.cli(Options, description=__doc__)
     names = chosen(options)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    keep_freed_memory()
     config = resolve(starting_config(options.preset, None, choose_device("auto")))
     prepared, config = stages.prepare_text(replace(config, data=options.data))
-    plan, rows = open_results(options, config, prepared)
-    print(estimate(options, plan, rows, names), flush=True)
-    if options.estimate:
-        return
-    run_missing(equal_tokens(names, plan, options.seeds), rows, options.results, config, prepared)
-    run_missing(equal_time(names, plan, options.seeds, rows), rows, options.results, config, prepared)
+    with workers(options) as pool:
+        plan, rows = open_results(options, config, prepared, pool)
+        print(estimate(options, plan, rows, names), flush=True)
+        if options.estimate:
+            return
+        run_missing(equal_tokens(names, plan, options.seeds), rows, options, config, prepared, pool)
+        run_missing(equal_time(names, plan, options.seeds, rows), rows, options, config, prepared, pool)
     found = table(rows, plan)
     found.show(Console(width=130))
     print(f"\n{found.markdown()}")

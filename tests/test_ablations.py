@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_loader import small_config
@@ -13,7 +14,7 @@ from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.recipes import PRESETS
 
-PLAN = Plan(1000, 10.0, "tiny", "abc", "cpu", "float32", 1)
+PLAN = Plan(1000, 10.0, "tiny", "abc", "cpu", "float32", 1, 1)
 
 
 def row(option: str, seed: int, loss: float, seconds: float, equal: str = TOKENS) -> dict:
@@ -56,6 +57,12 @@ def test_only_another_speed_is_run_again_for_as_many_tokens_as_fit():
 
 
 @pytest.fixture
+def pool():
+    with ThreadPoolExecutor(1) as pool:  # in this process, where train_once() is another
+        yield pool
+
+
+@pytest.fixture
 def trained(monkeypatch):
     """(config, budget) of every run; none is made."""
     made = []
@@ -68,19 +75,19 @@ def trained(monkeypatch):
     return made
 
 
-def test_a_file_is_gone_on_with(trained, tmp_path):
+def test_a_file_is_gone_on_with(trained, tmp_path, pool):
     config, options = small_config(), Options(results=tmp_path / "a" / "rows.jsonl", minutes_per_run=0.5, preset="tiny")
-    plan, rows = ablations.open_results(options, config, tmp_path)
+    plan, rows = ablations.open_results(options, config, tmp_path, pool)
     assert (plan.tokens, plan.seconds, rows) == (9000, 30.0, []) and trained == [(config, Budget("seconds", 20.0))]
     runs = [Run(DEFAULT, 0, TOKENS, 9000), Run("Muon", 0, TOKENS, 9000), Run("Muon", 1, TOKENS, 9000)]
-    ablations.run_missing(iter(runs[:2]), rows, options.results, config, tmp_path)
+    ablations.run_missing(iter(runs[:2]), rows, options, config, tmp_path, pool)
     assert [(made.optimizer, made.seed, budget.amount) for made, budget in trained[1:]] == [
         ("adamw", 0, 9000),
         ("muon", 0, 9000),
     ]
-    again, found = ablations.open_results(options, config, tmp_path)
+    again, found = ablations.open_results(options, config, tmp_path, pool)
     assert again == plan and found == rows and len(found) == 2
-    ablations.run_missing(iter(runs), found, options.results, config, tmp_path)
+    ablations.run_missing(iter(runs), found, options, config, tmp_path, pool)
     assert len(trained) == 4 and (trained[-1][0].optimizer, trained[-1][0].seed) == ("muon", 1)
     assert len(options.results.read_text().splitlines()) == 4
     text = ablations.estimate(options, plan, found, [DEFAULT, "Muon"])
@@ -92,15 +99,16 @@ def test_a_file_is_gone_on_with(trained, tmp_path):
     [
         ({"tokens": 8000}, {}, "tokens=9000, not 8000"),
         ({"preset": "mini"}, {}, "preset='tiny', not 'mini'"),
+        ({"jobs": 2}, {}, "jobs=1, not 2"),
         ({}, {"lr": 1.0}, "config="),
         ({}, {"dtype": "bfloat16"}, "begun with config"),
     ],
 )
-def test_rows_of_other_runs_are_not_mixed(trained, tmp_path, options, config, word):
+def test_rows_of_other_runs_are_not_mixed(trained, tmp_path, pool, options, config, word):
     before = Options(results=tmp_path / "rows.jsonl", minutes_per_run=0.5, preset="tiny")
-    ablations.open_results(before, small_config(), tmp_path)
+    ablations.open_results(before, small_config(), tmp_path, pool)
     with pytest.raises(UserError, match=word):
-        ablations.open_results(dataclasses.replace(before, **options), small_config(**config), tmp_path)
+        ablations.open_results(dataclasses.replace(before, **options), small_config(**config), tmp_path, pool)
 
 
 def test_names_are_checked():
@@ -110,10 +118,10 @@ def test_names_are_checked():
         ablations.chosen(Options(only=("sine",)))
 
 
-def test_a_foreign_file_is_refused(tmp_path):
+def test_a_foreign_file_is_refused(tmp_path, pool):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"op": "glu"}) + "\n")
     with pytest.raises(UserError, match="does not begin with a plan"):
-        ablations.open_results(Options(results=tmp_path / "rows.jsonl"), small_config(), tmp_path)
+        ablations.open_results(Options(results=tmp_path / "rows.jsonl"), small_config(), tmp_path, pool)
 
 
 def test_a_run_leaves_its_figures_and_nothing_else(fake_text, tmp_path, monkeypatch):
@@ -122,3 +130,22 @@ def test_a_run_leaves_its_figures_and_nothing_else(fake_text, tmp_path, monkeypa
     assert set(done) == {"heldout_loss", "heldout_accuracy", "tokens", "seconds", "steps", "skipped"}
     assert done["tokens"] >= 5000 and 3 < done["heldout_loss"] < 4.5 and done["steps"] > 1 and done["skipped"] == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_at_the_same_time_each_leave_a_row(trained, tmp_path):
+    options = Options(results=tmp_path / "rows.jsonl", jobs=3)
+    runs, rows = [Run(DEFAULT, seed, TOKENS, 600) for seed in range(7)], []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        ablations.run_missing(iter(runs), rows, options, small_config(), tmp_path, pool)
+    assert sorted(row["seed"] for row in rows) == list(range(7)) == sorted(config.seed for config, _ in trained)
+    assert [json.loads(line) for line in options.results.read_text().splitlines()] == rows
+    with pytest.raises(UserError, match="--jobs 0"):
+        ablations.workers(Options(jobs=0))
+
+
+def test_a_run_that_a_signal_ended_leaves_no_row(monkeypatch, tmp_path, pool):
+    monkeypatch.setattr(ablations, "train", lambda *arguments: False)
+    options, rows = Options(results=tmp_path / "rows.jsonl"), []
+    with pytest.raises(KeyboardInterrupt):
+        ablations.run_missing(iter([Run(DEFAULT, 0, TOKENS, 600)]), rows, options, small_config(), tmp_path, pool)
+    assert not rows and not options.results.exists()
