@@ -13,10 +13,11 @@ import numba
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast.tokenizer import byte_level, wordpiece
+from cramfast.tokenizer import SEP, byte_level, wordpiece
 
 SLOTS = 1 << 23  # of the hash table; 32 MB, touched only where used
 MOST_WORDS = 3 << 20  # known at once; then the table starts afresh, which bounds memory (about 200 MB) and its load
+WORDS_AT_ONCE = 1000
 MOST_BYTES = 64 << 20  # spelling of the known words
 
 
@@ -31,11 +32,12 @@ class WordCache:
         self.tokenizer = tokenizer
         tokenizer.encode_special_tokens = True
         self.splits_at_words = _splits_at_words(tokenizer)
-        self.without_normalizer = None
-        if self.splits_at_words and tokenizer.normalizer is not None:
-            self.without_normalizer = Tokenizer.from_str(tokenizer.to_str())
-            self.without_normalizer.normalizer = None
-            self.without_normalizer.encode_special_tokens = True
+        if self.splits_at_words:
+            self.of_words = _of_words(tokenizer)
+            self.of_lowered = None
+            if tokenizer.normalizer is not None:
+                self.of_lowered = _of_words(tokenizer)
+                self.of_lowered.normalizer = None
         self._forget()
 
     def _forget(self) -> None:
@@ -77,7 +79,7 @@ class WordCache:
         return ids, lengths
 
     def _encode_whole(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        rows = self._ask(texts)
+        rows = [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         return np.array([i for row in rows for i in row], np.int32), np.array([len(r) for r in rows], np.int64)
 
     def _learn(self, known: int) -> None:
@@ -86,28 +88,51 @@ class WordCache:
             return
         ends = self.word_ends[known : self.words + 1].tolist()
         raw = self.spelling[: ends[-1]].tobytes()
-        rows = self._ask_lowered([raw[a:b].decode() for a, b in itertools.pairwise(ends)])
-        sizes = np.array([len(row) for row in rows], np.int64)
+        ids, sizes = self._ask([raw[a:b].decode() for a, b in itertools.pairwise(ends)])
         begin = self.id_ends[known]
         self.id_ends = _grown(self.id_ends, self.words + 1)
         self.id_ends[known + 1 : self.words + 1] = begin + np.cumsum(sizes)
         self.ids = _grown(self.ids, self.id_ends[self.words])
-        self.ids[begin : self.id_ends[self.words]] = [i for row in rows for i in row]
+        self.ids[begin : self.id_ends[self.words]] = ids
 
-    def _ask_lowered(self, words: list[str]) -> list[list[int]]:
-        """Ids of each word; of several spellings that our WordPiece takes for one, one is asked for."""
-        if self.without_normalizer is None:
-            return self._ask(words)
+    def _ask(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the words end to end, and the number of them in each; of several spellings that our WordPiece takes
+        for one, one is asked for."""
+        if self.of_lowered is None:
+            return _ask_each(self.of_words, words)
         # Lower case and no border spaces is all that the normalizer and the splitter make of printable ASCII.
-        keys = [word.lower().strip(" ") if word.isascii() and word.isprintable() else None for word in words]
-        distinct = [key for key in dict.fromkeys(keys) if key is not None]
-        encodings = self.without_normalizer.encode_batch_fast(distinct, add_special_tokens=False)
-        rows = {key: encoding.ids for key, encoding in zip(distinct, encodings, strict=True)}
-        others = iter(self._ask([word for word, key in zip(words, keys, strict=True) if key is None]))
-        return [next(others) if key is None else rows[key] for key in keys]
+        lowered = [word.lower().strip(" ") if word.isascii() and word.isprintable() else None for word in words]
+        others = [word for word, low in zip(words, lowered, strict=True) if low is None]
+        distinct = dict.fromkeys(low for low in lowered if low is not None)
+        numbers = {low: number for number, low in enumerate(distinct, 1)}
+        row_of_other = itertools.count(len(numbers) + 1)
+        rows = np.array([next(row_of_other) if low is None else numbers[low] for low in lowered])
+        answers = _ask_each(self.of_lowered, list(numbers)), _ask_each(self.of_words, others)
+        ids, sizes = map(np.concatenate, zip(*answers, strict=True))
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        of_words, lengths = np.empty(sizes[rows - 1].sum(), np.int32), np.empty(len(rows), np.int64)
+        write_ids(rows, np.ones(len(rows), np.int64), ids, ends, of_words, lengths)
+        return of_words, lengths
 
-    def _ask(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+def _of_words(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that takes [SEP] alone for more than text."""
+    parts = json.loads(tokenizer.to_str())
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] == SEP]
+    return Tokenizer.from_str(json.dumps(parts))
+
+
+def _ask_each(tokenizer: Tokenizer, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the words end to end, and the number of them in each, from a tokenizer of _of_words.
+
+    Many go through it as one text, with [SEP] between them, which no word of look_up() contains: an answer for every
+    word would take twice as long.
+    """
+    texts = ["[SEP]".join(words[i : i + WORDS_AT_ONCE]) for i in range(0, len(words), WORDS_AT_ONCE)]
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ids = np.fromiter(itertools.chain.from_iterable((*encoding.ids, SEP) for encoding in encodings), np.int32)
+    ends = np.flatnonzero(ids == SEP)
+    return ids[ids != SEP], np.diff(ends, prepend=-1) - 1
 
 
 def _splits_at_words(tokenizer: Tokenizer) -> bool:
@@ -131,17 +156,19 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
     return larger
 
 
-@numba.njit(cache=True, nogil=True)
-def _kind(byte):
-    """0 other (control, or part of a non-ASCII character), 1 letter or digit, 2 printable sign, 3 space, 4 break."""
-    if byte == 32:
-        return 3
-    if byte == 10 or byte == 13 or byte == 9:
-        return 4
-    if byte < 33 or byte > 126:
-        return 0
-    letter = byte | 32
-    return 1 if 97 <= letter <= 122 or 48 <= byte <= 57 else 2
+OTHER, LETTER, SIGN, SPACE, BREAK = range(5)  # other: control, or part of a character outside ASCII
+
+
+def _kind(byte: int) -> int:
+    character = chr(byte)
+    if character in " \n\r\t":
+        return SPACE if character == " " else BREAK
+    if not 33 <= byte <= 126:
+        return OTHER
+    return LETTER if character.isalnum() else SIGN
+
+
+KINDS = np.array([_kind(byte) for byte in range(256)], np.uint8)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -151,7 +178,7 @@ def look_up(text, sizes, slots, spelling, word_ends, words, found, counts):
     Args:
         text: (bytes,) uint8, UTF-8 of all documents.
         sizes: (documents,) bytes of each.
-        slots: open-addressing table of word numbers, 0 where free.
+        slots: open-addressing table of word numbers, 0 where free; a power of two of them.
         words: number of known words.
         found: receives the word numbers in order; counts: (documents,) how many of them belong to each.
 
@@ -159,25 +186,27 @@ def look_up(text, sizes, slots, spelling, word_ends, words, found, counts):
         The number of known words afterwards, or -1: the table is full.
     """
     place = total = 0
+    mask = np.uint64(len(slots) - 1)
     for d in range(len(sizes)):
         end = place + sizes[d]
         before = total
         while place < end:
             start = place
             hashed = np.uint64(0xCBF29CE484222325)  # FNV-1a
-            kind = 0
+            kind = OTHER
             while place < end:
-                following = _kind(text[place])
-                if place > start:
-                    if kind == 1 and following >= 2:
-                        break
-                    if kind == 2 and following == 3 and place + 1 < end and 1 <= _kind(text[place + 1]) <= 2:
+                following = KINDS[text[place]]
+                if kind == LETTER and following >= SIGN:
+                    break
+                if kind == SIGN and following == SPACE and place + 1 < end:
+                    after = KINDS[text[place + 1]]
+                    if after in (LETTER, SIGN):
                         break
                 hashed = (hashed ^ np.uint64(text[place])) * np.uint64(0x100000001B3)
                 kind = following
                 place += 1
             size = place - start
-            slot = (hashed ^ (hashed >> np.uint64(32))) % np.uint64(len(slots))
+            slot = (hashed ^ (hashed >> np.uint64(32))) & mask
             while True:
                 word = slots[slot]
                 if word == 0:
@@ -196,7 +225,7 @@ def look_up(text, sizes, slots, spelling, word_ends, words, found, counts):
                         same += 1
                     if same == size:
                         break
-                slot = (slot + np.uint64(1)) % np.uint64(len(slots))
+                slot = (slot + np.uint64(1)) & mask
             found[total] = word
             total += 1
         counts[d] = total - before

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cramfast.errors import UserError
-from cramfast.tokenizer import FIRST_WORD, SPECIAL_TOKENS, load_tokenizer, lost_share, train_tokenizer, word_count
+from cramfast.tokenizer import (
+    FIRST_WORD,
+    SPECIAL_TOKENS,
+    _normalized,
+    load_tokenizer,
+    lost_share,
+    train_tokenizer,
+    word_count,
+    wordpiece,
+)
 from cramfast.wordcache import WordCache
 
 ADJECTIVES = ("red", "green", "quick", "lazy", "small", "tired", "golden", "unhappy", "running", "walked")
@@ -105,6 +114,13 @@ AWKWARD = st.text(alphabet=st.sampled_from("ab1Z'.,-_ \t\n\r\x00\x0b\x85\xa0é́
 def test_word_cache_gives_the_ids_of_the_tokenizer(tokenizer_pair, texts):
     for tokenizer in tokenizer_pair:
         same_ids(tokenizer, texts)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.one_of(PHRASES, AWKWARD, st.text(max_size=30)))
+def test_training_sees_what_the_normalizer_makes(text):
+    normalizer = wordpiece({}).normalizer
+    assert _normalized(text, normalizer) == normalizer.normalize_str(text)
 
 
 @pytest.fixture(scope="module")
