@@ -76,11 +76,12 @@ def parse(args: list[str] | None = None) -> Request:
 
 
 def located(config: TrainConfig) -> TrainConfig:
-    """The config with absolute paths to text and tokenizer, which mean the same wherever the run is resumed."""
+    """The config with absolute paths to text, tokenizer and probe, which mean the same wherever the run is resumed."""
     data = (source if source.startswith("hf:") else os.path.abspath(source) for source in config.data)
     trained = config.tokenizer in ("wordpiece", "bpe")
     tokenizer = config.tokenizer if trained else os.path.abspath(config.tokenizer)
-    return replace(config, data=tuple(data), tokenizer=tokenizer)
+    probe_data = config.probe_data and os.path.abspath(config.probe_data)
+    return replace(config, data=tuple(data), tokenizer=tokenizer, probe_data=probe_data)
 
 
 def print_config(config: TrainConfig) -> None:

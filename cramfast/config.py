@@ -16,6 +16,7 @@ from cramfast.errors import UserError
 # the last bits of what follows differ.
 HARMLESS_KEYS = (
     "budget", "eval_interval", "checkpoint_interval", "threads", "graph", "profile_steps", "nvtx", "data", "tokenizer",
+    "probe_data", "probe_pairs",
 )  # fmt: skip
 
 
@@ -192,6 +193,11 @@ class TrainConfig:
     """Seconds of training between held-out evaluations; they cost no budget."""
     heldout_tokens: int = 131072
     """Size of the fixed held-out set, in tokens."""
+    probe_data: str = ""
+    """BLiMP, as one .jsonl or a folder of them: some of its pairs are judged at every held-out evaluation, at no cost
+    to the budget; nothing: no probe."""
+    probe_pairs: int = 20
+    """Pairs of each of BLiMP's paradigms that the probe takes; 0 takes all."""
     checkpoint_interval: float = 600.0
     """Seconds of training between checkpoints; saving costs no budget."""
     profile_steps: str = ""
@@ -230,7 +236,7 @@ class TrainConfig:
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)}", "use 0 up to, not including, 1")
         require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay}", "use 0 up to, not including, 1")
-        for key in ("threads", "weight_decay", "max_norm", "adam_eps", "z_loss"):
+        for key in ("threads", "weight_decay", "max_norm", "adam_eps", "z_loss", "probe_pairs"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}", "use 0 or more")
         require(
             not self.half_accumulation or self.dtype in ("auto", "float16"),

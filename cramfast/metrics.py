@@ -80,12 +80,13 @@ class MetricsLog:
                 if key not in ("step", "tokens") and math.isfinite(value):
                     self.board.add_scalar(key, value, row["step"])
 
-    def evaluation(self, progress: Progress, loss: float, accuracy: float, **more: float) -> float:
-        """Write a held-out evaluation, `more` figures of it included; return its loss."""
+    def evaluation(self, progress: Progress, loss: float, accuracy: float, **more: float) -> dict[str, float]:
+        """Write a held-out evaluation, `more` figures of it included; return its figures."""
         spent = {key: getattr(progress, key) for key in ("step", "tokens", "flops", "seconds")}
-        self.row(spent | {"heldout_loss": loss, "heldout_accuracy": accuracy} | more)
+        figures = {"heldout_loss": loss, "heldout_accuracy": accuracy} | more
+        self.row(spent | figures)
         self.evaluated = progress.step
-        return loss
+        return figures
 
     def write(self, row: dict[str, Any]) -> None:
         """Write any row; a number that is not finite becomes null, because JSON has none."""
@@ -142,7 +143,11 @@ def truncate(path: Path, step: int) -> int | None:
 
 
 class Display:
-    """One redrawn line on a terminal, a plain line every ten seconds elsewhere."""
+    """One redrawn line on a terminal, a plain line every ten seconds elsewhere.
+
+    Attributes:
+        evaluation: figures of the last held-out evaluation, shown beside those of every step.
+    """
 
     def __init__(self):
         from rich.console import Console
@@ -159,7 +164,7 @@ class Display:
             )
             self.bar = Bar(*columns, TextColumn("{task.fields[figures]}"), console=console)
             self.task = self.bar.add_task("training", total=1.0, figures="")
-        self.heldout = math.nan
+        self.evaluation: dict[str, float] = {}
         self.last_plain = -math.inf
 
     def __enter__(self) -> "Display":
@@ -173,9 +178,11 @@ class Display:
 
     def step(self, row: dict[str, Any], fraction: float, left_s: float) -> None:
         """Show a step's row; `fraction` of the budget is spent now and about `left_s` seconds remain."""
-        heldout = f"{self.heldout:.3f}" if math.isfinite(self.heldout) else "–"
+        heldout, blimp = (self.evaluation.get(key, math.nan) for key in ("heldout_loss", "blimp_accuracy"))
+        shown = f"held-out {heldout:.3f}" if math.isfinite(heldout) else "held-out –"
+        shown += f"  BLiMP {blimp:.1%}" if math.isfinite(blimp) else ""
         figures = (
-            f"step {row['step']}  loss {row['loss']:.3f}  held-out {heldout}  "
+            f"step {row['step']}  loss {row['loss']:.3f}  {shown}  "
             f"{row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.0%}  {duration(left_s)} left"
         )
         now = time.monotonic()

@@ -58,13 +58,14 @@ def tiles(record: Record) -> list[tuple[str, str]]:
     """The figures a reader looks for first, as (name, value); what the run does not know is left out."""
     first, last = record.heldout
     entropy = record.unigram_entropy
-    detection = record.last("heldout_detection_loss")
+    detection, probe = record.last("heldout_detection_loss"), record.last("blimp_accuracy")
     of = " of the generator" if record.config.get("objective") == "rtd" else ""
     candidates = [
         (f"held-out loss{of}, nats per masked token", f"{loss(first)} → {loss(last)}", last),
         ("unigram entropy of the text, nats", loss(entropy), entropy),
         (f"held-out accuracy{of}", f"{100 * record.last('heldout_accuracy'):.1f} %", record.last("heldout_accuracy")),
         ("held-out detection loss, nats per token", loss(detection), detection),
+        ("BLiMP probe, mean over paradigms", f"{100 * probe:.1f} %", probe),
         ("tokens trained on", short(record.last("tokens")), record.last("tokens")),
         ("tokens/s, median", short(record.middle("tokens_per_s")), record.middle("tokens_per_s")),
         ("MFU, median", f"{100 * record.middle('mfu'):.1f} %", record.middle("mfu")),
@@ -125,7 +126,8 @@ def _figures(record: Record) -> list[str]:
         _step_figure(record, "microbatches", "microbatches per update"),
         _step_figure(record, "tokens_per_s", "tokens/s, padding not counted"),
         _step_figure(record, "mfu", "MFU, % of the measured matmul peak", scale=100),
-        _accuracy_figure(record),
+        _share_figure(record, "heldout_accuracy", "held-out accuracy, % of masked tokens"),
+        _share_figure(record, "blimp_accuracy", "BLiMP probe, % of pairs judged right; chance is 50"),
         _step_figure(record, "grad_norm", "norm of the gradient, before clipping"),
     ]
 
@@ -177,13 +179,12 @@ def _step_figure(record: Record, key: str, label: str, scale: float = 1) -> str:
     return figure(chart([line], "tokens", label, salt=key))
 
 
-def _accuracy_figure(record: Record) -> str:
-    values = [100 * value for value in record.column("heldout_accuracy", record.evaluations)]
+def _share_figure(record: Record, key: str, label: str) -> str:
+    values = [100 * value for value in record.column(key, record.evaluations)]
     if not any(map(math.isfinite, values)):
         return ""
-    label = "held-out accuracy, % of masked tokens"
     line = Line(label, record.column("tokens", record.evaluations), values, colour=TWO, dots=True)
-    return figure(chart([line], "tokens", label, salt="accuracy"))
+    return figure(chart([line], "tokens", label, salt=key))
 
 
 def _scores(record: Record) -> list[str]:

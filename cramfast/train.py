@@ -18,6 +18,7 @@ from cramfast.commandline import Request, parse, print_config
 from cramfast.config import TrainConfig, config_hash, to_json
 from cramfast.electra import Discriminator
 from cramfast.errors import UserError, command
+from cramfast.evaluate.probe import Probe, read_pairs
 from cramfast.feed import Feed, detection_loss, evaluate, heldout_batches, to_device, training_source
 from cramfast.interrupt import Interrupt
 from cramfast.kernels.linear import allow_half_accumulation
@@ -54,17 +55,19 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
     """train() with microbatches of `size` tokens; raises torch.OutOfMemoryError where they do not fit."""
     device = torch.device(config.device)
     source, heldout = training_source(config, prepared, size), heldout_batches(config, prepared, device)
-    ledger = Ledger(Clock(device))
+    probe, ledger = Probe(config, prepared), Ledger(Clock(device))
     model, optimizer, microbatch = start(config, source, ledger.clock)
     progress, previous = restore(config, run_dir, optimizer, size)
     run = runfolder.describe(config, model) | {"microbatch_tokens": size}
     lr_shape, fixed = schedule.SHAPES[config.schedule], {"model": to_json(config.model), "hash": config_hash(config)}
     pieces = round(config.microbatch_tokens / size)  # of a microbatch of the size that was asked for
 
-    def look() -> float:
+    def look() -> dict[str, float]:
         with optimizer.averaged():
             more = {"heldout_detection_loss": detection_loss(model, heldout)} if config.objective == "rtd" else {}
-            loss, accuracy = evaluate(model.generator if more else model, heldout)
+            predictor = model.generator if more else model
+            loss, accuracy = evaluate(predictor, heldout)
+            more |= probe(predictor)
         return log.evaluation(progress, loss, accuracy, **more)
 
     evaluated = saved = progress.seconds
@@ -75,7 +78,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
     ):  # fmt: skip
         log.write({"run": run})
         if progress.step == 0:
-            display.heldout = look()
+            display.evaluation = look()
         while (fraction := budget.fraction(ahead := ledger.ahead(progress))) < 1 and not interrupt.requested:
             profile.before(ahead.step + 1)
             ledger.begin()
@@ -104,7 +107,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
             spent = budget.fraction(progress)
             display.step(row, spent, progress.seconds * max(0.0, 1 / spent - 1))
             if progress.seconds - evaluated >= config.eval_interval:
-                display.heldout = look()
+                display.evaluation = look()
                 evaluated = progress.seconds
             if progress.seconds - saved >= config.checkpoint_interval:
                 log.sync()
@@ -217,6 +220,7 @@ def main() -> None:
     stages.choose_kernels(config, request.run_dir if request.resuming else request.replay)
     stages.print_graph(config)
     budget = choose_budget(request)
+    read_pairs(config)  # a fault is named before the text is prepared
     prepared, fitted = stages.prepare_text(config)
     print_config(fitted)
     with runfolder.locked(request.run_dir):

@@ -16,7 +16,7 @@ import tyro
 from rich.progress import track
 
 from cramfast.config import require
-from cramfast.corpus import read_lines
+from cramfast.corpus import file_format, read_lines
 from cramfast.errors import UserError
 from cramfast.evaluate import results
 from cramfast.evaluate.checkpoints import Checkpoint, load
@@ -58,32 +58,39 @@ class ParadigmScore:
 
 
 def read_blimp(path: Path, limit: int = 0) -> list[Paradigm]:
-    """Every paradigm in the file, with its first `limit` pairs (0: all).
+    """Every paradigm in a file, or in the files of a folder, with its first `limit` pairs (0: all).
 
     Raises:
-        UserError: no such file, a line that is no pair, named by file and line; a file without pairs.
+        UserError: no such file, a line that is no pair, named by file and line; no pairs at all.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file — give BLiMP as one .jsonl, plain or compressed")
+    if not path.exists():
+        raise UserError(f"{path}: no such file — give BLiMP as one .jsonl or a folder of them, plain or compressed")
+    files = sorted(p for p in path.iterdir() if file_format(p) == ".jsonl") if path.is_dir() else [path]
     found: dict[str, Paradigm] = {}
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            good, bad, name, category, kind = (row[key] for key in KEYS)
-        except (ValueError, TypeError):
-            raise UserError(f"{path}:{number}: no JSON object — each line holds one pair") from None
-        except KeyError as error:
-            raise UserError(f"{path}:{number}: no key {error.args[0]!r} — each line needs {', '.join(KEYS)}") from None
-        if not (isinstance(good, str) and isinstance(bad, str) and good.strip() and bad.strip()):
-            raise UserError(f"{path}:{number}: a sentence is empty or no text — fetch the file again")
-        pairs = found.setdefault(name, Paradigm(name, category, kind, [])).pairs
-        if not limit or len(pairs) < limit:
-            pairs.append((good, bad))
+    for file in files:
+        for number, line in read_lines(file):
+            if line.strip():
+                paradigm, pair = _read_pair(line, f"{file}:{number}")
+                pairs = found.setdefault(paradigm.name, paradigm).pairs
+                if not limit or len(pairs) < limit:
+                    pairs.append(pair)
     if not found:
-        raise UserError(f"{path}: holds no pairs — fetch the file again")
+        raise UserError(f"{path}: holds no pairs — fetch BLiMP again; its lines are JSON, its files end in .jsonl")
     return list(found.values())
+
+
+def _read_pair(line: str, where: str) -> tuple[Paradigm, tuple[str, str]]:
+    """(a paradigm without pairs yet, the pair) of a line."""
+    try:
+        row = json.loads(line)
+        good, bad, name, category, kind = (row[key] for key in KEYS)
+    except (ValueError, TypeError):
+        raise UserError(f"{where}: no JSON object — each line holds one pair") from None
+    except KeyError as error:
+        raise UserError(f"{where}: no key {error.args[0]!r} — each line needs {', '.join(KEYS)}") from None
+    if not (isinstance(good, str) and isinstance(bad, str) and good.strip() and bad.strip()):
+        raise UserError(f"{where}: a sentence is empty or no text — fetch the file again")
+    return Paradigm(name, category, kind, []), (good, bad)
 
 
 def pseudo_log_likelihoods(model: Checkpoint, sentences: Iterable[str]) -> dict[str, float]:
@@ -161,7 +168,7 @@ class Arguments:
     model: tyro.conf.Positional[Path]
     """Run folder, or a Hugging Face ModernBERT folder."""
     data: Path
-    """All paradigms in one .jsonl, plain or compressed."""
+    """BLiMP as one .jsonl or a folder of them, plain or compressed."""
     limit_per_paradigm: int = 0
     """Take the first so many pairs of each paradigm; 0 takes all."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=lambda: Machine(dtype="auto"))
