@@ -9,6 +9,8 @@ from cramfast.corpus import COMPRESSIONS, read_lines
 from cramfast.errors import UserError
 from cramfast.evaluate.tasks import Split, Task
 
+HUB = "hf:"  # before the name of a dataset, where a folder could stand
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -154,46 +156,76 @@ def read_glue(path: Path, task: Task, skip_malformed: bool = False) -> Examples:
     return read_tsv(path, rows, columns, skip_malformed)
 
 
-def load_glue(task: Task, data: Path | None, skip_malformed: bool) -> tuple[Examples, list[Examples]]:
+def load_glue(task: Task, data: Path | str, skip_malformed: bool) -> tuple[Examples, list[Examples]]:
     """The training set and every development set of a task.
 
     Args:
-        data: a folder in the original layout; None asks the `datasets` package.
+        data: a folder in the original layout, or hf:NAME for what the `datasets` package finds under that name.
 
     Raises:
         UserError: something is missing or malformed.
     """
-    if data is None:
-        return from_datasets(task, "train"), [from_datasets(task, split.hf_split) for split in task.dev]
-    train = read_glue(find_file(data / task.folder / "train"), task, skip_malformed)
-    dev_folder = data / (task.dev_folder or task.folder)
+    if str(data).startswith(HUB):
+        name = str(data).removeprefix(HUB)
+        train = from_datasets(name, task, "train", skip_malformed)
+        return train, [from_datasets(name, task, split.hf_split, skip_malformed) for split in task.dev]
+    folder = Path(data)
+    train = read_glue(find_file(folder / task.folder / "train"), task, skip_malformed)
+    dev_folder = folder / (task.dev_folder or task.folder)
     return train, [read_glue(find_file(dev_folder / split.file), task, skip_malformed) for split in task.dev]
 
 
-def from_datasets(task: Task, split: str) -> Examples:
-    """One split from the Hugging Face hub.
+def from_datasets(name: str, task: Task, split: str, skip_malformed: bool = False) -> Examples:
+    """One split of a dataset with the columns of nyu-mll/glue.
+
+    Args:
+        name: on the Hugging Face hub, or the folder of a clone of it.
 
     Raises:
-        UserError: the package is missing, the hub did not answer, the task is no official one.
+        UserError: the package is missing, the hub did not answer, the task is no official one, another dataset's
+            columns or labels, a row without text or label.
     """
     if not task.official:
         raise UserError(f"task {task.name}: only in a folder of yours — give it with --data")
     try:
         import datasets
     except ImportError:
-        raise UserError("GLUE without --data needs the datasets package — pip install 'cramfast[hf]'") from None
+        raise UserError(f"--data {HUB}{name} needs the datasets package — pip install 'cramfast[hf]'") from None
+    where = f"{name} {task.hf_name} {split}"
     try:
-        rows = datasets.load_dataset("nyu-mll/glue", task.hf_name, split=split)
-    except (OSError, ValueError) as error:  # no network, no such name; datasets' own errors derive from these
-        raise UserError(f"nyu-mll/glue {task.hf_name} {split}: could not be opened ({error})") from None
-    texts, labels = [], []
+        rows = datasets.load_dataset(name, task.hf_name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: could not be opened ({reason}) — give a folder of GLUE files with --data") from None
+    if missing := [column for column in (*task.hf_texts, "label") if column not in rows.column_names]:
+        there = ", ".join(rows.column_names)
+        raise UserError(f"{where}: no column {missing[0]!r} (there: {there}) — is it GLUE?")
+    names = getattr(rows.features["label"], "names", None)  # of a ClassLabel; the numbers mean nothing else
+    if task.classes and names is not None and tuple(names) != (task.hf_classes or task.classes):
+        raise UserError(f"{where}: labels {', '.join(names)}, not {', '.join(task.hf_classes or task.classes)}")
+    texts, labels, left_out = [], [], 0
     for number, row in enumerate(rows):
-        label = float(row["label"])
-        if not (0 <= label < len(task.classes) if task.classes else task.lowest <= label <= task.highest):
-            raise UserError(f"nyu-mll/glue {task.hf_name} {split}, row {number}: label {label:g} — is it a test set?")
-        texts.append(tuple(row[name] for name in task.hf_texts))
-        labels.append(label)
-    return Examples(texts, labels)
+        text, label = tuple(row[column] for column in task.hf_texts), row["label"]
+        try:
+            labels.append(_hub_label(text, label, task))
+        except ValueError as error:
+            if not skip_malformed:
+                raise UserError(f"{where}, row {number}: {error} — use --skip-malformed to leave it out") from None
+            left_out += 1
+            continue
+        texts.append(text)
+    if not texts:
+        raise UserError(f"{where}: holds no examples — fetch it again")
+    return Examples(texts, labels, left_out)
+
+
+def _hub_label(text: tuple[str | None, ...], label: float | None, task: Task) -> float:
+    if not all(isinstance(part, str) for part in text) or not any(part.strip() for part in text):
+        raise ValueError("no text")
+    lowest, highest = (0, len(task.classes) - 1) if task.classes else (task.lowest, task.highest)
+    if label is None or not lowest <= label <= highest:  # also true of NaN, and of the -1 of test sets
+        raise ValueError(f"label {label} is outside {lowest:g} to {highest:g}")
+    return float(label)
 
 
 def is_official(task: Task, train: Examples, dev: list[Examples]) -> bool:

@@ -44,7 +44,7 @@ def glue_table(model: Checkpoint, name: str, stored: dict[str, dict]) -> ScoreTa
     return ScoreTable(f"GLUE, protocol {name}: {model.name}", COLUMNS, rows, notes)
 
 
-def prepare_job(model: Checkpoint, task: Task, data: Path | None, protocol: Protocol, skip_malformed: bool) -> Job:
+def prepare_job(model: Checkpoint, task: Task, data: str, protocol: Protocol, skip_malformed: bool) -> Job:
     """Read and tokenize a task.
 
     Raises:
@@ -67,8 +67,9 @@ class Arguments:
 
     model: tyro.conf.Positional[Path]
     """Run folder, or a Hugging Face ModernBERT folder."""
-    data: Path | None = None
-    """Folder in GLUE's original layout (CoLA/train.tsv, ...), plain or compressed; by default the datasets package."""
+    data: str = "hf:nyu-mll/glue"
+    """Folder in GLUE's original layout (CoLA/train.tsv, ...), plain or compressed; or hf:NAME, read by the datasets
+    package: a name on the hub, or the folder of a clone of nyu-mll/glue."""
     tasks: tuple[str, ...] = tuple(TASKS)
     """Tasks; NAME-lite and NAME-nqg are stand-ins from folders so called, marked unofficial."""
     protocol: Literal["cramming", "mnli-start"] = "cramming"

@@ -33,7 +33,8 @@ class Task:
     metric: a key of scores.METRICS.
     train_rows: of the official training set.
     dev: development sets, each of which gives one score.
-    hf_name, hf_texts: configuration and columns in the `datasets` package.
+    hf_name, hf_texts: configuration and columns in the `datasets` package (nyu-mll/glue).
+    hf_classes: names of the classes there; empty where they are those of `classes`.
     lowest, highest: range of a regression label.
     dev_folder: where the development set is, if not in `folder`.
     official: False for a part or a stand-in of the task's data.
@@ -49,6 +50,7 @@ class Task:
     dev: tuple[Split, ...]
     hf_name: str
     hf_texts: tuple[str, ...]
+    hf_classes: tuple[str, ...] = ()
     lowest: float = 0.0
     highest: float = 0.0
     dev_folder: str | None = None
@@ -74,13 +76,22 @@ MNLI_DEV = (
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("cola", "CoLA", (3,), 1, ("0", "1"), "matthews", 8551, dev(1043), "cola", ("sentence",)),
-        Task("sst-2", "SST-2", ("sentence",), "label", ("0", "1"), "accuracy", 67349, dev(872), "sst2", ("sentence",)),
-        Task("mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), "f1", 3668, dev(408), "mrpc", PAIR),
+        Task(
+            "cola", "CoLA", (3,), 1, ("0", "1"), "matthews", 8551,
+            dev(1043), "cola", ("sentence",), ("unacceptable", "acceptable"),
+        ),
+        Task(
+            "sst-2", "SST-2", ("sentence",), "label", ("0", "1"), "accuracy", 67349,
+            dev(872), "sst2", ("sentence",), ("negative", "positive"),
+        ),
+        Task(
+            "mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), "f1", 3668,
+            dev(408), "mrpc", PAIR, ("not_equivalent", "equivalent"),
+        ),
         Task("sts-b", "STS-B", PAIR, "score", (), "pearson", 5749, dev(1500), "stsb", PAIR, highest=5.0),
         Task(
             "qqp", "QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), "f1", 363846, dev(40430), "qqp",
-            ("question1", "question2"),
+            ("question1", "question2"), ("not_duplicate", "duplicate"),
         ),
         Task(
             "mnli", "MNLI", PAIR, "gold_label", ("entailment", "neutral", "contradiction"), "accuracy", 392702,
