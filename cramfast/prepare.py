@@ -24,7 +24,7 @@ from cramfast.config import Curation
 from cramfast.corpus import Corpus, Documents, find_files
 from cramfast.curation import Curator, summary
 from cramfast.errors import UserError, command
-from cramfast.loader import read_manifest, verify
+from cramfast.prepared import read_manifest, verify
 from cramfast.splits import SplitWriter, encode
 from cramfast.survey import Report, Survey
 from cramfast.tokenizer import check_vocab_size, load_tokenizer, lost_share, train_tokenizer, word_count

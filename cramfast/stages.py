@@ -11,8 +11,8 @@ from cramfast import checkpoint, demo, export, kernelchoice, prepare, report
 from cramfast.config import TrainConfig
 from cramfast.curation import summary
 from cramfast.errors import UserError
-from cramfast.loader import read_manifest
 from cramfast.microbatch import graph_choice
+from cramfast.prepared import read_manifest
 from cramfast.progress import Stages
 from cramfast.record import read_record, span
 

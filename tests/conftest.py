@@ -1,16 +1,9 @@
-"""Fixtures that several test files share, and how Triton runs in all of them."""
+"""Fixtures that several test files share, and how torch and Triton run in all of them."""
 
 import os
 from pathlib import Path
 
-import fake_loader
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    # Before anything imports Triton, which reads this once. It changes nothing but what test_triton.py checks:
-    # without a GPU, Triton's compiler has nothing to compile for.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the options
@@ -23,7 +16,18 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
-    """Workers of pytest-xdist share the cores; so do the processes that tests start."""
+    """How torch and Triton run, in processes that run tests: that which only hands out files saves the import.
+
+    Workers of pytest-xdist share the cores; so do the processes that tests start.
+    """
+    if getattr(config.option, "numprocesses", 0):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        # Before anything imports Triton, which reads this once. It changes nothing but what test_triton.py checks:
+        # without a GPU, Triton's compiler has nothing to compile for.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         threads = max(1, len(os.sched_getaffinity(0)) // int(workers))
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -33,6 +37,8 @@ def pytest_configure(config):
 @pytest.fixture
 def one_thread():
     """Tiny models on one thread: on a busy machine, waiting for a second one takes longer than the work."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,6 +48,8 @@ def one_thread():
 @pytest.fixture
 def fake_text(monkeypatch, one_thread):
     """Training runs read tests/fake_loader.py's little language instead of prepared files."""
+    import fake_loader
+
     fake_loader.install(monkeypatch.setattr)
 
 
@@ -49,6 +57,8 @@ def fake_text(monkeypatch, one_thread):
 def nan_memory(monkeypatch):
     """Call it, and torch.empty and its kin hand out NaN from there on: what no kernel wrote, or one read too early,
     shows."""
+    import torch
+
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poison(tensor):

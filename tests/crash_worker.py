@@ -1,6 +1,7 @@
 """Runs that are stopped by signals, each in a forked child: `python crash_worker.py FOLDER kill|signals`, JSON out.
 
-Torch is imported once, on one thread, before any fork: a child would hang on the threads it does not inherit.
+Torch is imported once, on one thread, before any fork: a child would hang on the threads it does not inherit. So is
+what the loop imports when it begins; else most lives would end in that import.
 """
 
 import json
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import fake_loader
 import torch
+import torch.utils.tensorboard
 
 from cramfast import checkpoint
 
-BUDGET = "300steps"  # far more than 24 short lives reach, on a fast machine too
+BUDGET = "200steps"  # far more than 24 short lives reach, on a fast machine too
 
 
 def child(folder: Path, interval: float, text: str = BUDGET) -> int:
@@ -66,7 +68,7 @@ def kills(folder: Path, lives: int) -> dict:
         in_save += bool(unfinished(folder))
         newest = checkpoint.newest(folder)
         steps.append(int(newest.name[-8:]) if newest else 0)
-    _, status = os.waitpid(child(folder, 1e-9), 0)
+    _, status = os.waitpid(child(folder, 1e9), 0)  # saves at its end alone, like the run it is compared with
     return {"in_save": in_save, "steps": steps, "early": early, "status": os.waitstatus_to_exitcode(status)}
 
 

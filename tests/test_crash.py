@@ -25,7 +25,7 @@ def test_kill_9_loses_nothing_that_was_saved(tmp_path):
     assert len(result["steps"]) - result["early"] >= 20, "too few lives were really killed"
     assert result["steps"] == sorted(result["steps"]), "a checkpoint was lost"
     assert result["in_save"] >= 3, "no kill fell inside a save"
-    assert result["steps"][-1] < 300
+    assert result["steps"][-1] < 200
     assert same_bits(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     whole, killed = rows(tmp_path / "whole"), rows(tmp_path / "killed")
     timeless = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", "mfu")} for row in killed]

@@ -9,14 +9,15 @@ import sys
 import numpy as np
 import pytest
 
-from cramfast import curation, minhash
+from cramfast import curation, errors, minhash
+from cramfast import prepare as stage
 from cramfast.config import Curation, TrainConfig, config_hash, from_json, to_json
 from cramfast.corpusreport import write_report
 from cramfast.curation import Curator, letter_share, repeated_share, summary
 from cramfast.errors import UserError
-from cramfast.loader import read_manifest, verify
 from cramfast.minhash import NearDuplicates, banding
 from cramfast.prepare import prepare
+from cramfast.prepared import read_manifest, verify
 
 WORDS = [a + b for a in ("be", "ka", "lo", "ni", "ru", "ti") for b in ("n", "r", "st", "ll", "mp", "nd", "sk", "x")]
 OPTIONS = {"vocab_size": 512}
@@ -222,7 +223,7 @@ def test_no_duplicate_of_a_heldout_document_is_in_training(tmp_path):
     def sides(curated):
         from tokenizers import Tokenizer
 
-        from cramfast.loader import PreparedText
+        from cramfast.prepared import PreparedText
 
         folder = prepare((str(tmp_path / "a.txt"),), tmp_path / f"out-{curated.duplicates}", vocab_size=2048,
                          heldout_fraction=0.2, curation=curated)  # fmt: skip
@@ -244,7 +245,7 @@ def sides_train(tmp_path):
     """First words of the uncurated training split."""
     from tokenizers import Tokenizer
 
-    from cramfast.loader import PreparedText
+    from cramfast.prepared import PreparedText
 
     folder = tmp_path / "out-keep"
     decode = Tokenizer.from_file(str(folder / "tokenizer.json")).decode
@@ -331,10 +332,13 @@ def test_the_cache_tells_curations_apart(tmp_path):
         ("max-tokens-per-char", 25, "curation.max_tokens_per_char=25.0 is not possible"),
     ],
 )
-def test_impossible_values_are_one_line(tmp_path, flag, value, message):
+def test_impossible_values_are_one_line(tmp_path, monkeypatch, capsys, flag, value, message):
     (tmp_path / "a.txt").write_text("some\n\ntext")
-    done = command("--data", tmp_path / "a.txt", f"--curation.{flag}", value)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    monkeypatch.setattr(sys, "argv", ["prepare", "--data", str(tmp_path / "a.txt"), f"--curation.{flag}", str(value)])
+    with pytest.raises(SystemExit) as end:
+        errors.command(stage.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and message in said and len(said.splitlines()) == 1, said
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_nothing_imports_the_training_loop(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["corpus", "curation", "minhash", "tokenizer", "pack", "loader", "survey", "splits", "prepare"]
+    "name", ["corpus", "curation", "minhash", "tokenizer", "pack", "loader", "prepared", "survey", "splits", "prepare"]
 )
 def test_text_knows_no_model(name):
     if name not in SOURCES:

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 from cramfast.config import ModelConfig
 from cramfast.errors import UserError
 from cramfast.feed import Feed
-from cramfast.loader import BatchSource, LengthenedSource, Prefetcher, PreparedText, verify
+from cramfast.loader import BatchSource, LengthenedSource, Prefetcher
 from cramfast.prepare import prepare
+from cramfast.prepared import PreparedText, verify
 
 N, L, FRACTION = 1024, 64, 0.3
 

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from cramfast import prepare as stage
 from cramfast import splits, stages
 from cramfast.errors import UserError, command
-from cramfast.loader import PreparedText, read_manifest, verify
 from cramfast.prepare import prepare
+from cramfast.prepared import PreparedText, read_manifest, verify
 from cramfast.recipes import starting_config
 
 CORPUS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "corpus" / "small.txt.xz"

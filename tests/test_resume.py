@@ -45,12 +45,12 @@ CASES += [(OPTIONS[name], "bfloat16") for name in ("defaults", "all at once")]
 
 @pytest.mark.parametrize(("changes", "dtype"), CASES, ids=[*OPTIONS, "bfloat16", "all at once, bfloat16"])
 def test_two_halves_equal_the_whole(tmp_path, changes, dtype):
-    whole = run(tmp_path / "whole", "24000tokens", dtype=dtype, **changes)
+    whole = run(tmp_path / "whole", "12000tokens", dtype=dtype, **changes)
     halves = tmp_path / "halves"
-    run(halves, HalfWay("tokens", 24000), dtype=dtype, **changes)
+    run(halves, HalfWay("tokens", 12000), dtype=dtype, **changes)
     middle = int(checkpoint.newest(halves).name[-8:])
     torch.manual_seed(99)  # nothing may hang on the process's generator
-    run(halves, "24000tokens", dtype=dtype, **changes)
+    run(halves, "12000tokens", dtype=dtype, **changes)
     assert 0 < middle < len(rows(whole))
     assert same_bits(weights(whole), weights(halves))
     assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(halves)]

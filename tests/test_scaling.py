@@ -248,7 +248,7 @@ def test_a_run_is_done_once_and_a_killed_one_goes_on(tmp_path, prepared, monkeyp
     (run,) = plans.expand(plan, prepared, "cpu", threads=1)
     model = plans.replace(run.config.model, vocab_size=512)
     job = Job("a", plans.replace(run.config, model=model), 1.0, {"size": 0, "shape": "1x64"})
-    monkeypatch.setattr(runner, "POLL_S", 0.02)
+    monkeypatch.setattr(runner, "POLL_S", 0.1)
     progress = Runner(tmp_path / "killed", Console(quiet=True)).train(job)
     while next(progress)[0] < 0.2:
         pass

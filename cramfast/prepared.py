@@ -1,0 +1,87 @@
+"""A prepared folder on disk: its manifest, its checksums, its text as ids. Without torch, so that commands on text
+alone start at once.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from cramfast.errors import UserError
+
+REMEDY = "run python -m cramfast.prepare again"
+MANIFEST_KEYS = ("key", "splits", "files", "vocab_size", "word_count", "ids_dtype", "unigram_entropy_nats")
+
+
+class PreparedText:
+    """One split of a prepared folder, memory-mapped.
+
+    Attributes:
+        ids: (tokens,) uint16 or uint32, without special tokens.
+        offsets: (documents + 1,) int64.
+        manifest: the folder's manifest.json.
+
+    Raises:
+        UserError: a file that is missing, damaged, cut off or from another preparation.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        self.manifest = read_manifest(folder)
+        if split not in self.manifest["splits"]:
+            raise UserError(f"{folder}: no split {split!r} (there: {', '.join(self.manifest['splits'])})")
+        for name in (f"{split}.ids", f"{split}.offsets.npy"):
+            check_size(folder, self.manifest, name)
+        dtype, tokens = np.dtype(self.manifest["ids_dtype"]), self.manifest["splits"][split]["tokens"]
+        self.ids = np.memmap(folder / f"{split}.ids", dtype=dtype, mode="r", shape=(tokens,))
+        try:
+            self.offsets = np.load(folder / f"{split}.offsets.npy", mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise UserError(f"{folder / f'{split}.offsets.npy'}: damaged ({error}) — {REMEDY}") from None
+        if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != tokens:
+            raise UserError(f"{folder / f'{split}.offsets.npy'}: does not fit {split}.ids — {REMEDY}")
+
+
+def read_manifest(folder: Path) -> dict:
+    """manifest.json of a prepared folder.
+
+    Raises:
+        UserError: missing, damaged, or of another version.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, so the folder was not prepared to the end — {REMEDY}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged JSON ({error}) — {REMEDY}") from None
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != 1:
+        raise UserError(f"{path}: version {version} is not known here — {REMEDY}")
+    for key in MANIFEST_KEYS:
+        if key not in manifest:
+            raise UserError(f"{path}: no key {key!r} — {REMEDY}")
+    return manifest
+
+
+def check_size(folder: Path, manifest: dict, name: str) -> None:
+    """Raise UserError unless the file has the size that the manifest states."""
+    path, expected = folder / name, manifest["files"][name]["bytes"]
+    if not path.is_file():
+        raise UserError(f"{path}: missing — {REMEDY}")
+    if path.stat().st_size != expected:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes where {expected:,} were written — {REMEDY}")
+
+
+def verify(folder: Path) -> None:
+    """Compare size and sha256 of every file with the manifest; reads everything.
+
+    Raises:
+        UserError: the first file that differs.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        check_size(folder, manifest, name)
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise UserError(f"{folder / name}: contents changed since it was prepared — {REMEDY}")
