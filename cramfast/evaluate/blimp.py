@@ -19,9 +19,9 @@ from cramfast.config import require
 from cramfast.corpus import file_format, read_lines
 from cramfast.errors import UserError
 from cramfast.evaluate import results
-from cramfast.evaluate.checkpoints import Checkpoint, load
 from cramfast.evaluate.machine import Machine
-from cramfast.evaluate.masked import Hidden, log_probabilities
+from cramfast.evaluate.masked import Hidden, MaskedModel, log_probabilities
+from cramfast.evaluate.stock import load_masked
 from cramfast.scoretable import ScoreTable
 
 PARADIGMS = 67  # of the whole set
@@ -93,7 +93,7 @@ def _read_pair(line: str, where: str) -> tuple[Paradigm, tuple[str, str]]:
     return Paradigm(name, category, kind, []), (good, bad)
 
 
-def pseudo_log_likelihoods(model: Checkpoint, sentences: Iterable[str]) -> dict[str, float]:
+def pseudo_log_likelihoods(model: MaskedModel, sentences: Iterable[str]) -> dict[str, float]:
     """Score of every sentence, in nats.
 
     Two sentences that differ in one token are the same text once it is hidden; such copies are encoded once.
@@ -105,8 +105,8 @@ def pseudo_log_likelihoods(model: Checkpoint, sentences: Iterable[str]) -> dict[
     encodings = model.tokenizer.encode_batch(distinct, add_special_tokens=False)
     copies: dict[bytes, tuple[int, list[int], list[int]]] = {}  # hidden ids -> place, targets, their sentences
     for owner, (sentence, encoding) in enumerate(zip(distinct, encodings, strict=True)):
-        if len(encoding.ids) + 2 > model.encoder.config.max_len:
-            raise UserError(f"{model.name} takes {model.encoder.config.max_len} tokens, too few for {sentence[:60]!r}")
+        if len(encoding.ids) + 2 > model.max_len:
+            raise UserError(f"{model.name} takes {model.max_len} tokens, too few for {sentence[:60]!r}")
         ids = np.array([model.cls, *encoding.ids, model.sep], np.int32)
         for place, target in enumerate(encoding.ids, 1):
             ids[place] = model.mask
@@ -123,7 +123,7 @@ def pseudo_log_likelihoods(model: Checkpoint, sentences: Iterable[str]) -> dict[
     return dict(zip(distinct, np.bincount(owners, weights=found, minlength=len(distinct)).tolist(), strict=True))
 
 
-def score(model: Checkpoint, paradigm: Paradigm) -> ParadigmScore:
+def score(model: MaskedModel, paradigm: Paradigm) -> ParadigmScore:
     """Judge every pair of a paradigm."""
     scores = pseudo_log_likelihoods(model, (sentence for pair in paradigm.pairs for sentence in pair))
     margins = [scores[good] - scores[bad] for good, bad in paradigm.pairs]
@@ -140,7 +140,7 @@ def by_category(scores: dict[str, ParadigmScore]) -> dict[str, list[ParadigmScor
     return groups
 
 
-def table(model: Checkpoint, scores: dict[str, ParadigmScore]) -> ScoreTable:
+def table(model: MaskedModel, scores: dict[str, ParadigmScore]) -> ScoreTable:
     """Accuracy by phenomenon and the mean over paradigms."""
     rows = []
     for category, members in by_category(scores).items():
@@ -166,7 +166,7 @@ class Arguments:
     """Judge BLiMP's minimal pairs by pseudo-log-likelihood."""
 
     model: tyro.conf.Positional[Path]
-    """Run folder, or a Hugging Face ModernBERT folder."""
+    """Run folder, or the Hugging Face folder of any masked-language model."""
     data: Path
     """BLiMP as one .jsonl or a folder of them, plain or compressed."""
     limit_per_paradigm: int = 0
@@ -183,8 +183,8 @@ class Arguments:
         """
         require(self.limit_per_paradigm >= 0, f"limit_per_paradigm={self.limit_per_paradigm}", "use 0 or more")
         paradigms = read_blimp(self.data, self.limit_per_paradigm)
-        model = load(self.model)
-        self.machine.place(model.encoder)
+        model = load_masked(self.model)
+        self.machine.place(model.module)
         shown_progress = track(paradigms, "BLiMP", console=console, transient=True, disable=not console.is_terminal)
         scores = {paradigm.name: score(model, paradigm) for paradigm in shown_progress}
         shown = table(model, scores)

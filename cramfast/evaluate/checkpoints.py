@@ -3,6 +3,7 @@
 Weights are read from safetensors and shapes from JSON; nothing of a checkpoint is ever executed.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +11,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from cramfast import checkpoint, export
 from cramfast.config import ModelConfig
 from cramfast.errors import UserError
+from cramfast.evaluate.masked import Hidden, batches
 from cramfast.model import Encoder
 from cramfast.record import read_json
 
 SPECIAL = ("[CLS]", "[SEP]", "[MASK]", "[UNK]")
+LOGIT_ROWS = 1024  # rows of the decoder's output held at once
+
+
+class NotOurs(UserError):
+    """A model that our encoder cannot express; transformers may."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Checkpoint:
     def __post_init__(self):
         for token in SPECIAL:
             if self.tokenizer.token_to_id(token) is None:
-                raise UserError(f"{self.folder}: the tokenizer has no {token} — only BERT's special tokens are known")
+                raise NotOurs(f"{self.folder}: the tokenizer has no {token} — only BERT's special tokens are known")
 
     @property
     def cls(self) -> int:
@@ -64,6 +71,14 @@ class Checkpoint:
         return self.tokenizer.token_to_id("[UNK]")
 
     @property
+    def max_len(self) -> int:
+        return self.encoder.config.max_len
+
+    @property
+    def module(self) -> nn.Module:
+        return self.encoder
+
+    @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.encoder.parameters())
 
@@ -71,28 +86,45 @@ class Checkpoint:
         """What the JSON of an evaluation says about the model."""
         return {"name": self.name, "parameters": self.parameters}
 
+    def masked_logits(self, sequences: Sequence[Hidden]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As masked.MaskedModel has it: packed, and only the hidden positions go through the decoder.
+
+        Raises:
+            UserError: the decoder was never trained.
+        """
+        if not self.encoder.fills_masks:
+            raise UserError(
+                f"{self.folder}: trained by replaced-token detection, so it fills no masks — use glue or task"
+            )
+        device = self.encoder.final_norm.weight.device
+        bias_V = None if self.decoder_bias is None else self.decoder_bias.to(device)
+        for batch in batches(sequences, device):
+            hidden_MD = self.encoder.masked_hidden(batch)
+            for rows_D, target_M in zip(hidden_MD.split(LOGIT_ROWS), batch.target_M.split(LOGIT_ROWS), strict=True):
+                logits_MV = self.encoder.logits(rows_D).float()
+                yield logits_MV if bias_V is None else logits_MV + bias_V, target_M
+
 
 def load(folder: Path) -> Checkpoint:
     """Read the newest checkpoint of a run, one checkpoint of it, or an exported or stock ModernBERT folder.
 
     Raises:
-        UserError: neither of them, a damaged file, a model that our encoder cannot express.
+        NotOurs: a model that our encoder cannot express.
+        UserError: neither of them, a damaged file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder — give a run folder or a Hugging Face folder")
-    name = folder.resolve().name
-    if name == "hf":  # as every run calls its export
-        name = f"{folder.resolve().parent.name}/hf"
+    name = name_of(folder)
     kind = read_json(folder / "config.json").get("model_type")
     if kind == export.OWN_TYPE:
         encoder, tokenizer = export.load(folder)
-        return Checkpoint(folder, name, encoder, _quiet(tokenizer), None, None)
+        return Checkpoint(folder, name, encoder, quiet(tokenizer), None, None)
     if kind == "modernbert":
         encoder, bias = read_modernbert(folder)
         return Checkpoint(folder, name, encoder, _read_tokenizer(folder), bias, None)
     if kind is not None:
-        raise UserError(f"{folder}: a {kind} model — cramfast evaluates its own runs and ModernBERT folders")
+        raise NotOurs(f"{folder}: a {kind} model — cramfast evaluates its own runs and ModernBERT folders")
     encoder, _ = checkpoint.load_model(folder)
     newest = checkpoint.newest(folder)
     run = folder if newest else folder.resolve().parent.parent
@@ -100,17 +132,24 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(folder, f"{run.resolve().name}, step {step}", encoder, _read_tokenizer(run), None, run)
 
 
+def name_of(folder: Path) -> str:
+    """What tables call a Hugging Face folder: its own name, with the run's where it is the export of one."""
+    folder = folder.resolve()
+    return f"{folder.parent.name}/hf" if folder.name == "hf" else folder.name
+
+
 def _read_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: missing — restore it")
     try:
-        return _quiet(Tokenizer.from_file(str(path)))
+        return quiet(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises the bare class for any malformed file
         raise UserError(f"{path}: not a tokenizer ({error}) — restore the file") from error
 
 
-def _quiet(tokenizer: Tokenizer) -> Tokenizer:
+def quiet(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, told to cut and pad nothing."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -120,7 +159,8 @@ def read_modernbert(folder: Path) -> tuple[Encoder, Tensor | None]:
     """(encoder, decoder bias or None) of a ModernBERT folder; the names and the mathematics are the same as ours.
 
     Raises:
-        UserError: no model.safetensors, a damaged one, or something that the encoder has not (listed in the message).
+        NotOurs: something that the encoder has not (listed in the message).
+        UserError: no model.safetensors, or a damaged one.
     """
     written = read_json(folder / "config.json")
     path = folder / "model.safetensors"
@@ -130,7 +170,7 @@ def read_modernbert(folder: Path) -> tuple[Encoder, Tensor | None]:
         raise UserError(f"{path}: unreadable ({error}) — fetch it again; pickled weights are never opened") from None
     bias, decoder = tensors.pop("decoder.bias", None), tensors.pop("decoder.weight", None)
     if decoder is not None and not torch.equal(decoder, tensors.get("embeddings.tok_embeddings.weight", decoder[:0])):
-        raise UserError(f"{path}: the decoder is not tied to the embeddings — cramfast's encoder ties them")
+        raise NotOurs(f"{path}: the decoder is not tied to the embeddings — cramfast's encoder ties them")
     config = modernbert_config(written, f"{folder}/config.json")
     if written.get("classifier_activation", "gelu") == "linear":
         _drop_neutral_head(tensors, path)
@@ -140,7 +180,7 @@ def read_modernbert(folder: Path) -> tuple[Encoder, Tensor | None]:
         encoder.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise UserError(
+        raise NotOurs(
             f"{path}: does not fit cramfast's encoder ({reason}) — biases in matrices are not known"
         ) from None
     encoder.fills_masks = written.get("architectures") != ["ModernBertModel"]
@@ -151,12 +191,13 @@ def modernbert_config(written: dict, where: str) -> ModelConfig:
     """The config that exports as `written`; the inverse of export.hf_config.
 
     Raises:
-        UserError: a missing key or a choice that our encoder has not.
+        NotOurs: a choice that our encoder has not.
+        UserError: a missing key.
     """
 
     def one_of(key: str, value, *allowed):
         if value not in allowed:
-            raise UserError(f"{where}: {key}={value!r} — cramfast's encoder knows {', '.join(map(repr, allowed))}")
+            raise NotOurs(f"{where}: {key}={value!r} — cramfast's encoder knows {', '.join(map(repr, allowed))}")
         return value
 
     rope = written.get("rope_parameters") or {}
@@ -199,7 +240,7 @@ def _global_every(written: dict, where: str) -> int:
     later = [index for index, kind in enumerate(kinds) if index > 0 and kind == "full_attention"]
     every = later[0] if later else len(kinds)
     if any((kind == "full_attention") != (index % every == 0) for index, kind in enumerate(kinds)):
-        raise UserError(f"{where}: layer_types has no period — cramfast's global layers are every n-th")
+        raise NotOurs(f"{where}: layer_types has no period — cramfast's global layers are every n-th")
     return every
 
 
@@ -211,5 +252,5 @@ def _drop_neutral_head(tensors: dict[str, Tensor], path: Path) -> None:
             neutral = tensors[f"final_norm.{part}"]
             same = torch.equal(neutral, torch.full_like(neutral, float(part == "weight")))
             if not same or not torch.equal(dense, torch.eye(len(dense))):
-                raise UserError(f"{path}: a linear head that is not the identity — cramfast's encoder has no such head")
+                raise NotOurs(f"{path}: a linear head that is not the identity — cramfast's encoder has no such head")
             tensors[f"final_norm.{part}"] = tensors.pop(f"head.norm.{part}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from cramfast.allocator import keep_freed_memory
 from cramfast.model import Encoder
@@ -37,11 +38,16 @@ class Machine:
         # Without bfloat16 the trainer takes float16 and scales its loss; fine-tuning has no loss scale.
         return torch.device(device), torch.float32 if dtype == "float16" else getattr(torch, dtype)
 
-    def place(self, encoder: Encoder) -> Encoder:
-        """Move to the device and store the matrices in the precision asked for, in place; norms stay float32."""
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move to the device and store the weights in the precision asked for, in place.
+
+        Norms and biases of our encoder stay float32, as its operators have them; others take one type throughout.
+        """
         device, dtype = self.resolve()
-        encoder.to(device)
-        for parameter in encoder.parameters():
+        if not isinstance(module, Encoder):
+            return module.to(device, dtype)
+        module.to(device)
+        for parameter in module.parameters():
             if parameter.dim() >= 2:
                 parameter.data = parameter.data.to(dtype)
-        return encoder
+        return module

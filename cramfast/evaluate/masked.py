@@ -1,18 +1,18 @@
-"""How probable a model finds hidden tokens: the packed forward pass that perplexity and BLiMP share."""
+"""How probable a model finds hidden tokens: what perplexity and BLiMP share."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
-from cramfast.errors import UserError
-from cramfast.evaluate.checkpoints import Checkpoint
 from cramfast.loader import Batch
 
 BATCH_TOKENS = 8192  # tokens of one forward pass; larger ones leave the cache and are no faster on a CPU
-LOGIT_ROWS = 1024  # rows of the decoder's output held at once
 
 
 @dataclass(frozen=True)
@@ -30,30 +30,57 @@ class Hidden:
     targets: Sequence[int]
 
 
+class MaskedModel(Protocol):
+    """What predicts hidden tokens: one of our encoders (checkpoints.Checkpoint) or any other (stock.StockModel).
+
+    Attributes:
+        name: for tables.
+        run_dir: the run of ours that it belongs to, or None.
+        tokenizer: adds and cuts nothing by itself.
+        module: the network, to be placed on a device.
+        cls, sep, mask, unk: token ids; `unk` is -1 where the tokenizer knows every text.
+        max_len: longest sequence it takes, in tokens.
+    """
+
+    folder: Path
+    name: str
+    run_dir: Path | None
+    tokenizer: Tokenizer
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def cls(self) -> int: ...
+    @property
+    def sep(self) -> int: ...
+    @property
+    def mask(self) -> int: ...
+    @property
+    def unk(self) -> int: ...
+    @property
+    def max_len(self) -> int: ...
+
+    def masked_logits(self, sequences: Sequence[Hidden]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(logits, (M, V) float32; targets, (M,) int64) of the hidden tokens, in order, some of them at a time."""
+
+    def description(self) -> dict:
+        """What the JSON of an evaluation says about the model."""
+
+
 @torch.no_grad()
-def log_probabilities(model: Checkpoint, sequences: Sequence[Hidden]) -> tuple[np.ndarray, np.ndarray]:
+def log_probabilities(model: MaskedModel, sequences: Sequence[Hidden]) -> tuple[np.ndarray, np.ndarray]:
     """(log p in nats, whether it was the most probable token) of every target, sequence by sequence.
 
-    Both are one-dimensional, float64 and bool, as long as all `targets` together. Only the hidden positions go through
-    the decoder.
+    Both are one-dimensional, float64 and bool, as long as all `targets` together.
 
     Raises:
         UserError: the model's decoder was never trained.
     """
-    if not model.encoder.fills_masks:
-        raise UserError(f"{model.folder}: trained by replaced-token detection, so it fills no masks — use glue or task")
-    device = model.encoder.final_norm.weight.device
-    bias_V = None if model.decoder_bias is None else model.decoder_bias.to(device)
     found, best = [], []
-    for batch in batches(sequences, device):
-        hidden_MD = model.encoder.masked_hidden(batch)
-        for rows_D, target in zip(hidden_MD.split(LOGIT_ROWS), batch.target_M.split(LOGIT_ROWS), strict=True):
-            logits_MV = model.encoder.logits(rows_D).float()
-            if bias_V is not None:
-                logits_MV += bias_V
-            hit = logits_MV.gather(1, target[:, None])[:, 0]
-            found.append((hit - logits_MV.logsumexp(1)).cpu())
-            best.append((logits_MV.argmax(1) == target).cpu())
+    for logits_MV, target_M in model.masked_logits(sequences):
+        hit_M = logits_MV.gather(1, target_M[:, None])[:, 0]
+        found.append((hit_M - logits_MV.logsumexp(1)).cpu())
+        best.append((logits_MV.argmax(1) == target_M).cpu())
     if not found:
         return np.empty(0), np.empty(0, bool)
     return torch.cat(found).double().numpy(), torch.cat(best).numpy()

@@ -22,9 +22,9 @@ from cramfast.config import require
 from cramfast.corpus import Documents, read_documents
 from cramfast.errors import UserError
 from cramfast.evaluate import results
-from cramfast.evaluate.checkpoints import Checkpoint, load
 from cramfast.evaluate.machine import Machine
-from cramfast.evaluate.masked import Hidden, log_probabilities
+from cramfast.evaluate.masked import Hidden, MaskedModel, log_probabilities
+from cramfast.evaluate.stock import load_masked
 from cramfast.scoretable import ScoreTable
 
 ENCODED_AT_ONCE = 256  # documents; the tokenizer splits them over the cores
@@ -79,13 +79,13 @@ class Perplexity:
         return self.loss * self.hidden / self.bytes
 
 
-def measure(model: Checkpoint, documents: Iterable[str], masks: Masks) -> Perplexity:
+def measure(model: MaskedModel, documents: Iterable[str], masks: Masks) -> Perplexity:
     """Hide, predict, compare.
 
     Raises:
         UserError: sequences longer than the model takes, or text in which nothing can be hidden.
     """
-    limit = model.encoder.config.max_len
+    limit = model.max_len
     if masks.sequence_len > limit:
         raise UserError(f"sequence_len={masks.sequence_len}: {model.name} takes {limit} tokens — use at most that")
     fingerprint = hashlib.sha256()
@@ -106,7 +106,7 @@ def measure(model: Checkpoint, documents: Iterable[str], masks: Masks) -> Perple
     )
 
 
-def hide(model: Checkpoint, documents: Iterable[str], masks: Masks) -> Iterator[tuple[Encoding, np.ndarray, str]]:
+def hide(model: MaskedModel, documents: Iterable[str], masks: Masks) -> Iterator[tuple[Encoding, np.ndarray, str]]:
     """(tokens, places of those to hide, the hidden text run together) of every document."""
     units = 0
     remaining = iter(documents)
@@ -138,7 +138,7 @@ def whole_words(
     return places, words_W2[np.unique(word_N[places])]
 
 
-def cut(model: Checkpoint, ids: np.ndarray, chosen: np.ndarray, body: int) -> Iterator[Hidden]:
+def cut(model: MaskedModel, ids: np.ndarray, chosen: np.ndarray, body: int) -> Iterator[Hidden]:
     """[CLS] chunk [SEP] for every chunk of `body` tokens in which something is hidden."""
     masked = ids.copy()
     masked[chosen] = model.mask
@@ -177,7 +177,7 @@ def _comparable(results: list[Perplexity], masks: Masks) -> str:
     return (
         "The models split text differently: loss and accuracy per token do not compare. Nats per character and byte "
         f"do{nearly}: the same words were hidden from all. Two things still favour a tokenizer: more, shorter pieces "
-        "tell more about the length of a word, and characters that its normalizer drops are never predicted."
+        "tell more about the length of a word, and what its normalizer drops (case, accents) is never predicted."
     )
 
 
@@ -201,7 +201,7 @@ class Arguments:
     """Held-out loss and accuracy of checkpoints on a text, all under the same masks."""
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders and Hugging Face ModernBERT folders."""
+    """Run folders and Hugging Face folders of masked-language models: BERT, RoBERTa, ModernBERT and others."""
     data: tuple[str, ...]
     """Text: files, folders, globs, hf:NAME; nothing that a model was trained on."""
     masks: Annotated[Masks, tyro.conf.arg(name="")] = field(default_factory=Masks)
@@ -222,10 +222,10 @@ class Arguments:
         if not self.models:
             raise UserError("no model given — name run folders or Hugging Face folders")
         texts = list(shortened(read_documents(self.data, self.documents, self.text_key), self.characters))
-        models = [load(path) for path in self.models]
+        models = [load_masked(path) for path in self.models]
         measured = {}
         for model in models:
-            self.machine.place(model.encoder)
+            self.machine.place(model.module)
             measured[model.name if model.name not in measured else str(model.folder)] = measure(
                 model, texts, self.masks
             )

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from cramfast import atomic, modelcard, report
 from cramfast.errors import UserError
-from cramfast.evaluate.checkpoints import Checkpoint
+from cramfast.evaluate.masked import MaskedModel
 from cramfast.record import EVALUATIONS, read_json, read_record
 from cramfast.scoretable import ScoreTable
 
 
-def path_of(model: Checkpoint, name: str, out: Path | None) -> Path:
+def path_of(model: MaskedModel, name: str, out: Path | None) -> Path:
     """--out, or RUN/evaluations/NAME.json; for a folder that is no run, ./FOLDER.NAME.json."""
     if out is not None:
         return out
@@ -40,14 +40,14 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}) — choose another --out") from None
 
 
-def earlier(path: Path, model: Checkpoint, settings: dict) -> dict:
+def earlier(path: Path, model: MaskedModel, settings: dict) -> dict:
     """The result in `path` if it is of this model under these settings, to be extended; else {}."""
     stored = read_json(path)
     same = stored.get("model") == model.description() and stored.get("settings") == settings
     return stored if same else {}
 
 
-def publish(model: Checkpoint) -> list[Path]:
+def publish(model: MaskedModel) -> list[Path]:
     """Bring the report and the exported card of a run up to date with its evaluations; the files that changed."""
     if model.run_dir is None or not (model.run_dir / "metrics.jsonl").exists():
         return []
@@ -60,7 +60,7 @@ def publish(model: Checkpoint) -> list[Path]:
     return changed
 
 
-def announce(console, path: Path, model: Checkpoint, out: Path | None) -> None:
+def announce(console, path: Path, model: MaskedModel, out: Path | None) -> None:
     """Bring report and card up to date, unless the result went elsewhere by --out, and name every file written."""
     for word, changed in (("written", [path]), ("updated", [] if out else publish(model))):
         for file in changed:
