@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Train a preset by both recipes on one prepared text, score both, write the page: scripts/real_run.sh --help
+set -euo pipefail
+
+USAGE='usage: [BUDGET=45m] [PRESET=mini] [SEED=0] [SEEDS=3] [PYTHON=python3] scripts/real_run.sh CORPUS OUT
+
+CORPUS is a text file, or a folder whose .xz files are all taken but small.txt.xz, a sample of the others. Every finished
+stage is noted in OUT/done and left out the next time, a training run goes on from its checkpoint: after a cut-off, give
+the same command again. OUT then holds results.json, results.md and its picture; copy them to docs/.
+
+  BUDGET    of each training run, as cramfast.train takes it          RECIPES   default "crammed cramfast"
+  GLUE      folder of GLUE; default: glue, next to the folder of CORPUS  TASKS     default "cola rte mrpc sts-b sst-2"
+  BLIMP     file of BLiMP; default: blimp/blimp.jsonl.xz beside it    PAIRS     of each paradigm; default 0, all
+  CURATION  flags; default "--curation.duplicates near --curation.max-tokens-per-char 0.3"
+  JOBS      runs that are scored at the same time, one thread each if above 1; default 2
+  SETTINGS  further flags of cramfast.train'
+
+if (($# != 2)) || [[ $1 == -* ]]; then echo "$USAGE"; [[ ${1:-} == --help ]]; exit; fi
+CORPUS=$(realpath "$1")
+mkdir -p "$2/done" && OUT=$(realpath "$2")
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-45m} PRESET=${PRESET:-mini} SEED=${SEED:-0} SEEDS=${SEEDS:-3} JOBS=${JOBS:-2}
+RECIPES=${RECIPES:-crammed cramfast} TASKS=${TASKS:-cola rte mrpc sts-b sst-2} PAIRS=${PAIRS:-0}
+[[ -d $CORPUS ]] && BESIDE=$CORPUS/.. || BESIDE=$(dirname "$CORPUS")/..
+GLUE=$(realpath "${GLUE:-$BESIDE/glue}") BLIMP=$(realpath "${BLIMP:-$BESIDE/blimp/blimp.jsonl.xz}")
+CURATION=${CURATION:---curation.duplicates near --curation.max-tokens-per-char 0.3} SETTINGS=${SETTINGS:-}
+VOCAB=$("$PYTHON" -c "from cramfast.recipes import PRESETS; print(PRESETS['$PRESET']('cpu').model.vocab_size)")
+TEXTS=("$CORPUS")
+if [[ -d $CORPUS ]]; then mapfile -t TEXTS < <(find "$CORPUS" -maxdepth 1 -name '*.xz' ! -name 'small.*' | sort); fi
+
+# once NAME COMMAND...: run it unless it has succeeded before; keep what it printed and, without our paths, its words.
+once() {
+  local name=$1 words && shift
+  [[ -f $OUT/done/$name ]] && return
+  echo "== $name: $*"
+  "$@" > >(tee "$OUT/done/$name.log") 2>&1 || { echo "$name failed; give the same command again to go on" >&2; return 1; }
+  words="$*"
+  for folder in OUT GLUE BLIMP CORPUS; do words=${words//"${!folder}"/$folder}; done
+  echo "${words/#"$PYTHON"/python}" >"$OUT/done/$name"
+}
+
+score() {
+  local run=$OUT/$1 threads=0
+  ((JOBS > 1)) && threads=1 # two processes of one thread: batches of 16 sentences keep no second thread busy
+  once "$1-blimp" "$PYTHON" -m cramfast.evaluate blimp "$run" --data "$BLIMP" --limit-per-paradigm "$PAIRS" --threads $threads
+  for task in $TASKS; do
+    once "$1-$task" "$PYTHON" -m cramfast.evaluate glue "$run" --data "$GLUE" --tasks "$task" --seeds "$SEEDS" --threads $threads
+  done
+}
+
+# shellcheck disable=SC2086 # flags are words
+once prepare "$PYTHON" -m cramfast.prepare --data "${TEXTS[@]}" --out "$OUT/text" --vocab-size "$VOCAB" $CURATION
+for recipe in $RECIPES; do
+  # shellcheck disable=SC2086
+  once "$recipe-train" "$PYTHON" -m cramfast.train --data "$OUT/text" --preset "$PRESET" --recipe "$recipe" --seed "$SEED" \
+    --budget "$BUDGET" --run-dir "$OUT/$recipe" --resume auto $CURATION $SETTINGS
+done
+jobs=()
+for recipe in $RECIPES; do
+  score "$recipe" &
+  jobs+=($!)
+  if ((${#jobs[@]} >= JOBS)); then wait "${jobs[0]}" && jobs=("${jobs[@]:1}"); fi
+done
+for job in "${jobs[@]}"; do wait "$job"; done
+
+runs=() stages=(prepare)
+for recipe in $RECIPES; do
+  runs+=("$OUT/$recipe")
+  stages+=("$recipe-train" "$recipe-blimp")
+  for task in $TASKS; do stages+=("$recipe-$task"); done
+done
+(cd "$OUT/done" && cat "${stages[@]}") >"$OUT/commands.txt"
+"$PYTHON" -m bench.runs "${runs[@]}" --commands "$OUT/commands.txt" --out "$OUT"
