@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from cramfast import checkpoint
 from cramfast.errors import UserError
 from cramfast.evaluate import __main__ as commandline
-from cramfast.evaluate import blimp, checkpoints, examples, finetune, masked, owntask, perplexity, scores
+from cramfast.evaluate import blimp, checkpoints, examples, finetune, jobs, masked, owntask, perplexity, scores
 from cramfast.export import export
 from cramfast.record import read_record
 
@@ -420,3 +420,29 @@ def test_own_task(tmp_path, run, monkeypatch, capsys):
     train.write_text("first\tmood\n" + "".join(f"x\t{i / 7}\n" for i in range(20)))
     with pytest.raises(UserError, match="use --metric pearson"):
         owntask.read_pair(train, dev, (), "mood", False, False)
+
+
+def test_a_cut_off_evaluation_goes_on(tmp_path, monkeypatch, capsys):
+    """Seed by seed: what comes out is what an evaluation in one go gives."""
+    run, data = make_run(tmp_path / "run", tiny_config()), write_glue(tmp_path / "glue")
+    common = ("--data", data, "--tasks", "cola", "rte", "--seeds", 3, "--threads", 1, "--dtype", "float32")
+    command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "whole.json")
+    plain, fits = jobs.fit, []
+
+    def cut_off(*args):
+        fits.append(args)
+        if len(fits) == 4:  # of six: two seeds of the first task and one of the second are done
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(jobs, "fit", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "cut.json")
+    command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "cut.json")
+    assert len(fits) == 4 + 3
+    whole, cut = (json.loads((tmp_path / name).read_text())["tasks"] for name in ("whole.json", "cut.json"))
+    for entry in (*whole.values(), *cut.values()):
+        entry.pop("seconds")
+    assert whole == cut
+    command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "cut.json")
+    assert len(fits) == 7 + 6  # a finished one is made anew

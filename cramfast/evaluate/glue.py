@@ -101,10 +101,15 @@ class Arguments:
         settings = {"protocol": self.protocol, "seeds": self.seeds, "dtype": str(dtype), **asdict(protocol)}
         path = results.path_of(model, f"glue-{self.protocol}", self.out)
         before = results.earlier(path, model, settings).get("tasks", {})
-        stored = {name: entry for name, entry in before.items() if name not in {job.name for job in prepared}}
+        begun = {job.name for job in prepared if self._begun(job, before)}
+        stored = {
+            name: entry for name, entry in before.items() if name in begun or name not in {j.name for j in prepared}
+        }
         for seed in range(self.seeds):
             tuned = model.encoder
             for job in prepared:
+                if seed in stored.get(job.name, {}).get("seeds", []):
+                    continue  # of an evaluation that was cut off
                 started = self.protocol == "mnli-start" and job.name in FROM_MNLI
                 done = jobs.run(
                     job, tuned if started else model.encoder, protocol, seed, device, dtype, console, stored
@@ -116,6 +121,15 @@ class Arguments:
                 results.write(path, result, shown)
         shown.show(console)
         results.announce(console, path, model, self.out)
+
+    def _begun(self, job: Job, before: dict[str, dict]) -> bool:
+        """Whether an earlier evaluation of this job was cut off between two seeds, so that this one goes on with it.
+
+        Not with an MNLI start, where a seed needs the encoder that was tuned on MNLI with the same seed.
+        """
+        entry = before.get(job.name)
+        unfinished = entry is not None and len(entry["seeds"]) < self.seeds
+        return unfinished and self.protocol == "cramming" and entry["rows"] == job.rows
 
 
 def _marked(job: Job, mnli: Job) -> Job:

@@ -35,6 +35,11 @@ class Job:
     remark: str
     keeps_predictions: bool = False
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """Examples of the training set and of each development set."""
+        return {"train": len(self.train.ids)} | {row: len(part.ids) for row, part in self.dev.items()}
+
 
 def make_job(
     model: Checkpoint, protocol: Protocol, name: str, classes: int, metric: str, train: Examples,
@@ -80,7 +85,7 @@ def _empty(job: Job) -> dict:
     return {
         "metric": job.metric,
         "remark": job.remark,
-        "rows": {"train": len(job.train.ids)} | {row: len(part.ids) for row, part in job.dev.items()},
+        "rows": job.rows,
         "left_out_rows": job.left_out,
         "seeds": [],
         "seconds": [],
