@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,12 @@ FIRST_WORD = len(SPECIAL_TOKENS)
 SPACES = dict.fromkeys([*range(32), 127], " ")
 FOREIGN = re.compile("[^\\x00-\\x20]*[^\\x00-\\x7F][^\\x00-\\x20]*")  # stretches between spaces that are not ASCII
 VOCAB_MULTIPLE = 64  # rows of the decoder matrix, so that its matmul tiles are full
+# A longer word is no word of a language but a genome, a protein, a key: it is cut into pieces of six, the k-mers of the
+# Nucleotide Transformer (Dalla-Torre et al., 2023), so few in DNA that each is a token. docs/decisions/0013.
+LONGEST_WORD = 100  # characters; at most 4 bytes each and the space before them in byte-level BPE
+LONGEST_BYTES = 4 * LONGEST_WORD + 1
+PIECE = 6
+LEARNED_FROM = 2_000_000  # characters of such words; the same pieces come again and again
 
 
 def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Tokenizer:
@@ -30,6 +36,7 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Tokeniz
         UserError: another kind, or a vocabulary too small for the alphabet.
     """
     check_vocab_size(vocab_size)
+    texts = _without_excess(texts)
     if kind == "wordpiece":
         tokenizer = _train_wordpiece(texts, vocab_size)
     elif kind == "bpe":
@@ -37,6 +44,20 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Tokeniz
     else:
         raise UserError(f"tokenizer={kind!r} is neither wordpiece, bpe, nor a file — check the path")
     return _finish(tokenizer)
+
+
+def _without_excess(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, but of words that will be cut into pieces only the first LEARNED_FROM characters."""
+    left = LEARNED_FROM
+
+    def spend(match: re.Match) -> str:
+        nonlocal left
+        word = match[0][:left]
+        left -= len(word)
+        return word
+
+    for text in texts:
+        yield re.sub(rf"\S{{{LONGEST_BYTES},}}", spend, text)
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -63,7 +84,7 @@ def lost_share(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
 
 def wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
     """Lower-cased ASCII WordPiece over a vocabulary: accents stripped, every other character dropped."""
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
     # Typographic quotes and dashes become their ASCII relatives instead of vanishing with the rest of Unicode.
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -76,9 +97,14 @@ def wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
             normalizers.Replace(Regex("[^\\x20-\\x7E]+"), ""),
         ]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), _pieces(LONGEST_WORD)])
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
+
+
+def _pieces(longest: int) -> pre_tokenizers.Split:
+    """Leaves a word of up to `longest` letters whole and cuts any other into pieces."""
+    return pre_tokenizers.Split(Regex(rf"\A.{{1,{longest}}}\z|.{{1,{PIECE}}}"), "isolated")
 
 
 def _train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -109,7 +135,8 @@ def _normalized(text: str, normalizer: normalizers.Normalizer) -> str:
 def byte_level() -> Tokenizer:
     """Byte-level BPE without merges yet: case and all of Unicode kept."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, _pieces(LONGEST_BYTES)])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

@@ -3,6 +3,8 @@
 Text is cut only where both of our tokenizers cut anyway, so the ids are exactly those of `Tokenizer.encode`:
 after an ASCII letter or digit that a printable ASCII sign or a line break follows, and before a single space between
 two printable ASCII characters. Bytes of other characters never touch a cut, so normalisation cannot reach across.
+A long run of ASCII letters that stands alone is cut into the pieces that the tokenizers make of it: a genome is the
+same few thousand words over and over.
 """
 
 import itertools
@@ -13,7 +15,7 @@ import numba
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast.tokenizer import SEP, byte_level, wordpiece
+from cramfast.tokenizer import LONGEST_BYTES, LONGEST_WORD, PIECE, SEP, byte_level, wordpiece
 
 SLOTS = 1 << 23  # of the hash table; 32 MB, touched only where used
 MOST_WORDS = 3 << 20  # known at once; then the table starts afresh, which bounds memory (about 200 MB) and its load
@@ -32,6 +34,8 @@ class WordCache:
         self.tokenizer = tokenizer
         tokenizer.encode_special_tokens = True
         self.splits_at_words = _splits_at_words(tokenizer)
+        byte_wise = self.splits_at_words and tokenizer.normalizer is None
+        self.longest, self.joins_space = (LONGEST_BYTES, True) if byte_wise else (LONGEST_WORD, False)
         if self.splits_at_words:
             self.of_words = _of_words(tokenizer)
             self.of_lowered = None
@@ -67,7 +71,9 @@ class WordCache:
         self.spelling = _grown(self.spelling, self.word_ends[known] + len(text))
         found = np.empty(len(text), np.int32)
         counts = np.empty(len(sizes), np.int64)
-        self.words = look_up(text, sizes, self.slots, self.spelling, self.word_ends, known, found, counts)
+        self.words = look_up(
+            text, sizes, self.longest, self.joins_space, self.slots, self.spelling, self.word_ends, known, found, counts
+        )
         if self.words < 0:  # more distinct words than the table holds in one call
             self._forget()
             return self._encode_whole(texts)
@@ -172,12 +178,36 @@ KINDS = np.array([_kind(byte) for byte in range(256)], np.uint8)
 
 
 @numba.njit(cache=True, nogil=True)
-def look_up(text, sizes, slots, spelling, word_ends, words, found, counts):
+def _run(text, place, end):
+    """Where the ASCII letters from `place` on end."""
+    while place < end and 97 <= text[place] | 32 <= 122:
+        place += 1
+    return place
+
+
+@numba.njit(cache=True, nogil=True)
+def _long_run(text, start, end, longest, joins_space):
+    """(place of the first piece of a word too long to stay whole, its end), or (start, start) where there is none.
+
+    Only letters with nothing but one space or break before them, and a sign, a space, a break or nothing after them.
+    """
+    leads = KINDS[text[start]] >= SPACE
+    stop = _run(text, start + leads, end)
+    first = start if joins_space and text[start] == 32 else start + leads
+    if stop - first > longest and (stop == end or KINDS[text[stop]] >= SIGN):
+        return first, stop
+    return start, start
+
+
+@numba.njit(cache=True, nogil=True)
+def look_up(text, sizes, longest, joins_space, slots, spelling, word_ends, words, found, counts):
     """Cut documents into words and number them; unseen words are added to the table.
 
     Args:
         text: (bytes,) uint8, UTF-8 of all documents.
         sizes: (documents,) bytes of each.
+        longest: bytes of a run of letters that stays whole; a longer one is cut into pieces.
+        joins_space: whether the space before such a run belongs to its first piece.
         slots: open-addressing table of word numbers, 0 where free; a power of two of them.
         words: number of known words.
         found: receives the word numbers in order; counts: (documents,) how many of them belong to each.
@@ -190,11 +220,20 @@ def look_up(text, sizes, slots, spelling, word_ends, words, found, counts):
     for d in range(len(sizes)):
         end = place + sizes[d]
         before = total
+        stop = place  # of the long run that is being cut
         while place < end:
             start = place
+            most = end
+            if place >= stop:
+                first, stop = _long_run(text, place, end, longest, joins_space)
+                if first > place:  # the break before it, alone
+                    most = first
+                    stop = min(stop, first)
+            if place < stop:
+                most = min(place + PIECE, stop)
             hashed = np.uint64(0xCBF29CE484222325)  # FNV-1a
             kind = OTHER
-            while place < end:
+            while place < most:
                 following = KINDS[text[place]]
                 if kind == LETTER and following >= SIGN:
                     break

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from cramfast import corpus, splits, stages
 from cramfast import prepare as stage
-from cramfast import splits, stages
 from cramfast.errors import UserError, command
 from cramfast.prepare import prepare
 from cramfast.prepared import PreparedText, read_manifest, verify
 from cramfast.recipes import starting_config
+from cramfast.tokenizer import UNK
 
 CORPUS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "corpus" / "small.txt.xz"
 OPTIONS = {"vocab_size": 512}
@@ -141,10 +142,25 @@ def test_text_in_another_script_is_not_lost_in_silence(tmp_path, capsys):
     assert prepare((text(latin),), tmp_path / "latin", **OPTIONS) and capsys.readouterr().err == ""
     with pytest.raises(UserError, match=r"a\.txt: 8.% of the characters have no token in wordpiece — --tokenizer bpe"):
         prepare((text(russian),), tmp_path / "russian", **OPTIONS)
+    chinese = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(300)) + "。"
+    with pytest.raises(UserError, match=r"a\.txt: 9.% of the characters have no token in wordpiece — --tokenizer bpe"):
+        prepare((text(chinese),), tmp_path / "chinese", **OPTIONS)
     manifest = read_manifest(prepare((text(latin, russian),), tmp_path / "both", **OPTIONS))
     assert 0.2 < manifest["lost_share"] < 0.4 and "characters have no token" in capsys.readouterr().err
     bpe = read_manifest(prepare((text(russian),), tmp_path / "bpe", **OPTIONS | {"tokenizer": "bpe"}))
     assert bpe["lost_share"] == 0
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_a_genome_of_one_line_is_cut_into_documents_and_none_of_it_is_lost(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(corpus, "LONGEST_PIECE", 20_000)
+    (tmp_path / "genome.txt").write_text("".join(random.Random(0).choices("ACGT", k=200_000)))
+    folder = prepare((str(tmp_path / "genome.txt"),), tmp_path / "out", vocab_size=8192, tokenizer=kind)
+    manifest = read_manifest(folder)
+    splits = manifest["splits"].values()
+    assert manifest["lost_share"] == 0 and sum(split["characters"] for split in splits) == 200_000
+    assert 200_000 / 6 <= sum(split["tokens"] for split in splits) < 200_000 / 5.5
+    assert not (PreparedText(folder, "train").ids == UNK).any()
 
 
 def test_a_folder_of_text_may_have_its_own_manifest(tmp_path):

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, pre_tokenizers
 
 from cramfast.errors import UserError
 from cramfast.tokenizer import (
     FIRST_WORD,
+    PIECE,
     SPECIAL_TOKENS,
+    UNK,
     _normalized,
     load_tokenizer,
     lost_share,
@@ -52,7 +55,7 @@ def test_wordpiece_is_lower_cased_ascii():
 
 @pytest.mark.parametrize(("kind", "expected"), [("wordpiece", [0, 9 / 13, 1, 0]), ("bpe", [0, 0, 0, 0])])
 def test_characters_without_a_token_are_counted(kind, expected):
-    texts = ["Hello, café “world” – it’s 17.", "Привет, мир 17.", "x" * 1000, " \n"]
+    texts = ["Hello, café “world” – it’s 17.", "Привет, мир 17.", "Ж" * 1000, " \n"]
     tokenizer = train_tokenizer(texts[:2], kind, 512)
     assert [lost_share(tokenizer, [text]) for text in texts] == expected
 
@@ -163,3 +166,52 @@ def test_a_given_tokenizer_is_checked(tmp_path, tokenizer):
 def test_impossible_tokenizers_are_refused(kind, size):
     with pytest.raises(UserError):
         train_tokenizer(TEXTS, kind, size)
+
+
+LETTERS = "acgtACGTnN"
+LONG = st.tuples(
+    st.sampled_from(["", " ", "\n", "  ", "(", "é", "5", " '", "\t", ", "]),
+    st.sampled_from([1, 5, 6, 7, 99, 100, 101, 102, 106, 400, 401, 402, 407, 950]),
+    st.integers(0, 9),
+    st.sampled_from(["", " ", "\n", "'s ", ".", "7", "é", "\x00"]),
+).map(lambda p: p[0] + "".join(LETTERS[(i * i + p[2]) % 10] for i in range(p[1])) + p[3])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(LONG, max_size=4).map("".join), max_size=3))
+def test_word_cache_cuts_long_words_as_the_tokenizer_does(genome_pair, texts):
+    for tokenizer in genome_pair:
+        same_ids(tokenizer, texts)
+
+
+@pytest.fixture(scope="module")
+def genome_pair():
+    letters = np.random.default_rng(0).choice(list("ACGT"), 30_000)
+    return [train_tokenizer([*TEXTS, "".join(letters)], kind, 1024) for kind in KINDS]
+
+
+def test_a_word_of_a_hundred_letters_stays_whole_and_a_longer_one_becomes_pieces(tokenizer):
+    """The ids of ordinary text are those of the same vocabulary without the cut."""
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.pre_tokenizer = (
+        pre_tokenizers.BertPreTokenizer() if plain.normalizer else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    )
+    hundred = "é🙂ab dog " + "🙂" * 100 + " " + "tokenizer" * 11 + "x the dog, " * 3
+    for text in (*TEXTS, hundred):
+        assert tokenizer.encode(text).ids == plain.encode(text).ids
+    genome = "acgtgatta" * 100
+    ids = tokenizer.encode(genome, add_special_tokens=False).ids
+    pieces = [genome[i : i + PIECE] for i in range(0, 900, PIECE)]
+    assert ids == [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False).ids]
+    assert UNK not in ids and lost_share(tokenizer, [genome]) == 0
+
+
+def test_stock_transformers_cuts_long_words_alike(tmp_path, genome_pair):
+    from transformers import AutoTokenizer
+
+    text = "a genome: " + "".join(np.random.default_rng(1).choice(list("ACGTN"), 5000)) + " and the dog's"
+    for kind, tokenizer in zip(KINDS, genome_pair, strict=True):
+        (tmp_path / kind).mkdir()
+        tokenizer.save(str(tmp_path / kind / "tokenizer.json"))
+        (tmp_path / kind / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        assert AutoTokenizer.from_pretrained(tmp_path / kind)(text)["input_ids"] == tokenizer.encode(text).ids
