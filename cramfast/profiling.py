@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity
 
 from cramfast import ranges
 from cramfast.config import TrainConfig, profiled_steps
+from cramfast.errors import UserError
 from cramfast.metrics import synchronize
 from cramfast.model import Encoder
 from cramfast.ranges import Range
@@ -64,8 +65,14 @@ class Profile:
             ranges.markers.pop()
             self.trace.stop()
             path = self.run_dir / f"trace-{self.steps[0]}-{self.steps[-1]}.json.gz"
-            self.trace.export_chrome_trace(str(path))
-            self.trace = None
+            trace, self.trace = self.trace, None
+            try:
+                trace.export_chrome_trace(str(path))
+            except OSError as error:
+                raise UserError(
+                    f"{path}: the trace cannot be written ({error.strerror or error}) — free disk space, in the "
+                    "temporary folder as well, then --resume, with --profile-steps or without"
+                ) from None
             print(f"profile: {path} (open it in ui.perfetto.dev)", flush=True)
 
 

@@ -91,6 +91,12 @@ def test_layers_nest_inside_the_phases(diary, tmp_path):
     assert diary == evaluation + 2 * expected + evaluation
 
 
+def test_a_trace_that_the_disk_refuses_is_named(monkeypatch, tmp_path):
+    (tmp_path / "run" / "trace-2-2.json.gz").mkdir(parents=True)  # a file cannot take its place
+    with pytest.raises(UserError, match=r"trace-2-2\.json\.gz: the trace cannot be written \(.*free disk space"):
+        run(tmp_path / "run", "3steps", profile_steps="2:3", batch_tokens=256)
+
+
 def test_off_is_free(diary, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.profiler, "record_function", None)
     run(tmp_path / "run", "2steps")
