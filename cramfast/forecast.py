@@ -14,6 +14,7 @@ from cramfast.calibration import Efficiency
 from cramfast.config import ModelConfig, TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels.cases import ragged_lengths
+from cramfast.losslaw import Law
 from cramfast.model import flops_per_token
 from cramfast.roofline import Card, Part, bound, cost, microbatch_parts, parameter_count, update_parts
 
@@ -91,28 +92,19 @@ def forecast(config: TrainConfig, card: Card, tokens: int, efficiencies: Mapping
 
 
 @dataclass(frozen=True)
-class ScalingLaw:
-    """E + A / N^alpha + B / D^beta, nats per masked token, D tokens (Hoffmann et al., arXiv:2203.15556).
+class ScalingLaw(Law):
+    """A law as it was fitted.
 
     `count` says what N counts: "total" or "body", the parameters outside the embedding table. `ranges` are the least
     and the most N and D that the law was fitted to.
     """
 
-    E: float
-    A: float
-    alpha: float
-    B: float
-    beta: float
     count: str
     ranges: dict[str, list[float]]
 
     def size(self, model: ModelConfig) -> int:
         """N of a model."""
         return parameter_count(model) - (model.vocab_size * model.width if self.count == "body" else 0)
-
-    def loss(self, N: float, D: float) -> float:
-        """The loss that the law expects."""
-        return self.E + self.A / N**self.alpha + self.B / D**self.beta
 
     def extrapolates(self, N: float, D: float) -> bool:
         """Whether that lies outside what the law was fitted to."""

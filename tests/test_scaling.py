@@ -11,10 +11,10 @@ from test_report import Tags
 from cramfast.commandline import parse
 from cramfast.config import TrainConfig, config_hash
 from cramfast.errors import UserError
+from cramfast.losslaw import Law
 from cramfast.scaling import claims, fit, report, runner, table
 from cramfast.scaling import plan as plans
 from cramfast.scaling.claims import Rates, gain, measured_gain, predicted_gain, verdict
-from cramfast.scaling.law import Law
 from cramfast.scaling.plan import Plan, Size
 from cramfast.scaling.run import Calibration, fitted_into, run_s, with_interval
 from cramfast.scaling.runner import Job, Runner

@@ -5,8 +5,9 @@ import pytest
 from scipy.optimize import approx_fprime
 
 from cramfast.errors import UserError
+from cramfast.losslaw import Law
 from cramfast.scaling import law as laws
-from cramfast.scaling.law import Law, Points, interval
+from cramfast.scaling.law import Points, interval
 from cramfast.scaling.optimum import Cost, optimum, six_nd
 from cramfast.scaling.shift import shifts
 

@@ -16,11 +16,12 @@ import tyro
 
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
+from cramfast.losslaw import Law
 from cramfast.page import write_page
 from cramfast.record import span
 from cramfast.runfolder import cpu_name
 from cramfast.scaling.fit import laws_of, read_fit
-from cramfast.scaling.law import Law, interval
+from cramfast.scaling.law import interval
 from cramfast.scaling.plan import Run, parameters
 from cramfast.scaling.run import read_settings, runs_of
 from cramfast.scaling.runner import Job, Runner

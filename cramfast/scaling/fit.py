@@ -10,10 +10,11 @@ import numpy as np
 import tyro
 
 from cramfast.errors import UserError
+from cramfast.losslaw import Law
 from cramfast.page import write_page
 from cramfast.record import short
 from cramfast.scaling import law as laws
-from cramfast.scaling.law import Law, Points, interval
+from cramfast.scaling.law import Points, interval
 from cramfast.scaling.optimum import Cost, budget_name, optimum, six_nd
 from cramfast.scaling.shift import shifts
 from cramfast.scaling.table import TABLE, read_table

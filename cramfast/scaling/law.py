@@ -11,27 +11,13 @@ import numpy as np
 from scipy.optimize import minimize
 
 from cramfast.errors import UserError
+from cramfast.losslaw import Law
 
 HUBER = 1e-3  # Hoffmann et al.'s, on log loss
 STARTS = tuple(product((0.1, 0.3, 0.5, 0.8, 1.2), (0.1, 0.3, 0.5, 0.8, 1.2), (0.1, 0.4, 0.7, 0.95), (0.2, 0.5, 0.8)))
 REFINED = 24  # best starts that L-BFGS goes on from; the rest are ranked by their objective alone
 BOUNDS = ((-30, 10), (-30, 10), (-10, 10), (0.01, 3), (0.01, 3))
 LEAST_RUNS, LEAST_VALUES, LEAST_RANGE = 6, 3, 1.5
-
-
-@dataclass(frozen=True)
-class Law:
-    """The constants. E is in nats, A and B belong to N in parameters and D in tokens."""
-
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-
-    def loss(self, N, D):
-        """Nats per masked token; numbers or arrays."""
-        return self.E + self.A / np.power(N, self.alpha) + self.B / np.power(D, self.beta)
 
 
 @dataclass(frozen=True)

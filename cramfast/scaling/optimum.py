@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cramfast.scaling.law import Law, interval
+from cramfast.losslaw import Law
+from cramfast.scaling.law import interval
 
 SIZES = 400  # sizes compared
 BEYOND = 8.0  # how far past the largest measured size the search goes
