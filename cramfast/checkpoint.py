@@ -15,18 +15,21 @@ from cramfast.config import ModelConfig, from_json
 from cramfast.errors import UserError
 from cramfast.model import Encoder
 from cramfast.optim import AdamW
+from cramfast.sharding import Part
 
 KEPT = 2
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 AVERAGE = "ema.safetensors"  # only in runs that average their weights
 UNFINISHED = "unfinished-"  # prefix of folders being written or removed; swept at the next start
 
 
 def save(run_dir: Path, optimizer: AdamW, state: dict[str, Any]) -> Path:
-    """Write checkpoints/step-XXXXXXXX and remove all but the last two.
+    """Write checkpoints/step-XXXXXXXX and remove all but the last two; whole tensors, however many processes there are.
 
     Args:
         run_dir: the run's folder.
-        optimizer: holds master weights, moments and, if there is one, the average of the weights.
+        optimizer: holds master weights, moments and, if there is one, the average of the weights; of all processes,
+            which all call this: process 0 writes.
         state: JSON values: `progress` (its `step` names the folder) and `model`, which load_model() needs.
 
     Returns:
@@ -35,6 +38,14 @@ def save(run_dir: Path, optimizer: AdamW, state: dict[str, Any]) -> Path:
     Raises:
         UserError: the disk refused; earlier checkpoints are untouched.
     """
+    tensors = {MODEL: optimizer.weights(), OPTIMIZER: optimizer.state()}
+    if optimizer.average is not None:
+        tensors[AVERAGE] = optimizer.averages()
+    return optimizer.team.first(lambda: write(run_dir, tensors, state))
+
+
+def write(run_dir: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """save() of tensors by file and name."""
     folder = run_dir / "checkpoints"
     target = folder / f"step-{state['progress']['step']:08d}"
     if target.exists():  # the same step of the same run: already complete
@@ -44,11 +55,8 @@ def save(run_dir: Path, optimizer: AdamW, state: dict[str, Any]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        flat = optimizer.flat
-        save_file(dict(flat.views(flat.master)), partial / "model.safetensors", {"format": "pt"})
-        save_file(optimizer.state(), partial / "optimizer.safetensors")
-        if optimizer.average is not None:
-            save_file(dict(flat.views(optimizer.average.values)), partial / AVERAGE, {"format": "pt"})
+        for name, of_file in tensors.items():
+            save_file(of_file, partial / name, None if name == OPTIMIZER else {"format": "pt"})
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             flush_to_disk(path)
@@ -99,12 +107,28 @@ def restore(checkpoint: Path, optimizer: AdamW) -> dict[str, Any]:
         UserError: a damaged file, or shapes of another model.
     """
     flat = optimizer.flat
-    copy_into(dict(flat.views(flat.master)), checkpoint / "model.safetensors")
-    copy_into(optimizer.state(), checkpoint / "optimizer.safetensors")
+    copy_into(dict(flat.views(flat.master)), checkpoint / MODEL)
+    stored = copy_into({"updates": optimizer.updates}, checkpoint / OPTIMIZER)
+    for kind, (values, parts) in optimizer.buffers().items():
+        copy_own(optimizer, values, parts, stored, kind + ".", checkpoint / OPTIMIZER)
     if optimizer.average is not None:
-        copy_into(dict(flat.views(optimizer.average.values)), checkpoint / AVERAGE)
+        parts, path = optimizer.sharding.parts, checkpoint / AVERAGE
+        copy_own(optimizer, optimizer.average.values, parts, read_tensors(path), "", path)
     flat.refresh_half()
     return read_state(checkpoint)
+
+
+def copy_own(
+    optimizer: AdamW, values: Tensor, parts: list[Part], stored: dict[str, Tensor], prefix: str, path: Path
+) -> None:
+    """Fill this process's entries of a buffer from whole tensors; `prefix` and a parameter's name are their names.
+
+    Raises:
+        UserError: a tensor that is missing or of another shape.
+    """
+    for name, first, piece in optimizer.sharding.pieces(values, parts):
+        tensor = fitting(stored, prefix + name, optimizer.flat.places[name][1], path)
+        piece.copy_(tensor.flatten()[first : first + len(piece)])
 
 
 def copy_into(targets: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -115,10 +139,19 @@ def copy_into(targets: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """
     stored = read_tensors(path)
     for name, target in targets.items():
-        if name not in stored or stored[name].shape != target.shape:
-            raise UserError(f"{path}: {name} is missing or has another shape — the file belongs to another model")
-        target.copy_(stored[name])
+        target.copy_(fitting(stored, name, target.shape, path))
     return stored
+
+
+def fitting(stored: dict[str, Tensor], name: str, shape: torch.Size, path: Path) -> Tensor:
+    """One of the tensors read from a file.
+
+    Raises:
+        UserError: it is missing or has another shape.
+    """
+    if name not in stored or stored[name].shape != shape:
+        raise UserError(f"{path}: {name} is missing or has another shape — the file belongs to another model")
+    return stored[name]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -179,6 +212,6 @@ def load_model(path: str | Path) -> tuple[Encoder, ModelConfig]:
         model = Encoder(config)
     with torch.no_grad():
         averaged = (checkpoint / AVERAGE).exists()
-        stored = copy_into(dict(model.named_parameters()), checkpoint / (AVERAGE if averaged else "model.safetensors"))
+        stored = copy_into(dict(model.named_parameters()), checkpoint / (AVERAGE if averaged else MODEL))
     model.fills_masks = "detector.weight" not in stored
     return model.eval(), config

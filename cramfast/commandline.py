@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from cramfast import distributed
 from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config
 from cramfast.errors import UserError
 from cramfast.recipes import choose_device, resolve, starting_config
@@ -20,6 +21,7 @@ class Arguments:
     """Pretrain a BERT-class encoder from raw text and leave a checkpoint, a report and a Hugging Face folder.
 
     Without arguments: docstrings found on this machine, and a device, precision and preset chosen for it.
+    On several GPUs, or processes: torchrun --nproc-per-node K -m cramfast.train.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -53,7 +55,10 @@ def parse(args: list[str] | None = None) -> Request:
     first, _ = early.parse_known_args(args)
     if first.resume and first.replay:
         raise UserError("--resume with --replay: a replay is a new run — use one of them")
-    resumed = find_resumed(first.resume, first.run_dir and Path(first.run_dir)) if first.resume else None
+    resume = first.resume or ("auto" if distributed.restarted() else None)
+    if distributed.may_restart() and first.run_dir is None and resume in (None, "auto"):
+        raise UserError("torchrun --max-restarts without --run-dir: a restart would not know the run — name its folder")
+    resumed = find_resumed(resume, first.run_dir and Path(first.run_dir)) if resume else None
     source = resumed or (first.replay and Path(first.replay))
     if source:
         default = read_config(source / "config.json")

@@ -186,7 +186,7 @@ class TrainConfig:
     seed: int = 0
     """Of the initial weights, the order of the text and the masks."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to torch."""
+    """CPU threads; 0 leaves the choice to torch, or gives each process of torchrun its share of the cores."""
     kernels: tuple[str, ...] = ()
     """OPERATOR=IMPLEMENTATION in place of what is chosen, as attention=flash_attn; cramfast.doctor lists them."""
     eval_interval: float = 300.0

@@ -1,5 +1,6 @@
 """Microbatches on their way from the loader to the device, and the fixed held-out set."""
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cramfast.config import ModelConfig, TrainConfig
+from cramfast.distributed import ALONE, Team
 from cramfast.electra import Discriminator, detection_flops_per_token
 from cramfast.loader import Batch, BatchSource, LengthenedSource, Prefetcher, Source
 from cramfast.model import Encoder, flops_per_token
@@ -82,15 +84,19 @@ class Upload:
 class Feed:
     """Training microbatches from a position (epoch, index) on, prepared ahead by a thread; closes with its context.
 
+    Several processes go through the same microbatches together and each takes its own (loader.Prefetcher), so that the
+    position does not depend on their number.
+
     Attributes:
         position: (epoch, index) of the next microbatch.
     """
 
     def __init__(
         self, source: Source, model: ModelConfig, device: torch.device, position: tuple[int, int],
-        objective: str = "mlm",
+        objective: str = "mlm", team: Team = ALONE,
     ):  # fmt: skip
         self.source, self.model, self.position, self.objective = source, model, position, objective
+        self.rank, self.world = team.rank, team.world
         self.upload = None if device.type == "cpu" else Upload(device)
         self.ahead: Prefetcher | None = None
         self.masked = None
@@ -102,9 +108,24 @@ class Feed:
         if self.ahead is not None:
             self.ahead.close()
 
-    @Range("data")
+    def share(self, microbatches: int, masked: float, lengthened: bool = False) -> Iterator[tuple[Batch, float, bool]]:
+        """This process's of the next so many microbatches, as from next(), and whether it is the last of them."""
+        own = None
+        for _ in range(microbatches):
+            if (batch := self.take(masked, lengthened)) is not None:
+                if own is not None:
+                    yield *self.given(own), False
+                own = batch
+        if own is not None:
+            yield *self.given(own), True
+
     def next(self, masked: float, lengthened: bool = False) -> tuple[Batch, float]:
-        """The next microbatch, with this share of its tokens masked, and the FLOPs of training on it.
+        """The next microbatch in a process alone, on the device, and the FLOPs of training on it."""
+        return self.given(self.take(masked, lengthened))
+
+    @Range("data")
+    def take(self, masked: float, lengthened: bool) -> Batch | None:
+        """The next microbatch, with this share of its tokens masked, on the CPU; None if another process takes it.
 
         A new share discards what was prepared ahead, and so does the first that is asked for `lengthened`: from there
         on the sequences of a LengthenedSource are long.
@@ -113,9 +134,15 @@ class Feed:
             self.position, self.masked = further, None
         if self.masked != masked:
             self.__exit__()
-            self.ahead, self.masked = Prefetcher(self.source, masked, position=self.position), masked
+            ahead = Prefetcher(self.source, masked, position=self.position, rank=self.rank, world=self.world)
+            self.ahead, self.masked = ahead, masked
         batch = next(self.ahead)
         self.position = self.ahead.position
+        return batch
+
+    @Range("data")
+    def given(self, batch: Batch) -> tuple[Batch, float]:
+        """A batch on its way to the device, and its FLOPs."""
         flops = batch_flops(self.model, batch, self.objective)
         return batch if self.upload is None else self.upload(batch), flops
 
@@ -175,15 +202,19 @@ def heldout_batches(config: TrainConfig, prepared: Path, device: torch.device) -
 
 
 @torch.no_grad()
-def detection_loss(model: Discriminator, batches: list[Batch]) -> float:
-    """Mean binary cross-entropy of replaced-token detection over `batches`, in nats a token."""
-    weighted = sum(model.detection_loss(batch).double() * batch.tokens for batch in batches)
-    return float(weighted) / sum(batch.tokens for batch in batches)
+def detection_loss(model: Discriminator, batches: list[Batch], team: Team = ALONE) -> float:
+    """Mean binary cross-entropy of replaced-token detection over every process's `batches`, in nats a token."""
+    loss, tokens = torch.zeros(2, dtype=torch.float64, device=model.final_norm.weight.device)
+    for batch in batches:
+        loss += model.detection_loss(batch).double() * batch.tokens
+        tokens += batch.tokens
+    loss, tokens = team.total(torch.stack([loss, tokens])).tolist()
+    return loss / tokens
 
 
 @torch.no_grad()
-def evaluate(model: Encoder, batches: list[Batch]) -> tuple[float, float]:
-    """(mean cross-entropy in nats, share predicted right) over the masked tokens of `batches`.
+def evaluate(model: Encoder, batches: list[Batch], team: Team = ALONE) -> tuple[float, float]:
+    """(mean cross-entropy in nats, share predicted right) over the masked tokens of every process's `batches`.
 
     Plain PyTorch from the hidden states on: an independent look at what the loss kernel reports.
     """
@@ -196,4 +227,5 @@ def evaluate(model: Encoder, batches: list[Batch]) -> tuple[float, float]:
             loss += F.cross_entropy(logits_MV, target, ignore_index=-100, reduction="sum")
             right += (logits_MV.argmax(-1) == target).sum()
             count += (target >= 0).sum()
-    return (loss / count).item(), (right / count).item()
+    loss, right, count = team.total(torch.stack([loss, right, count])).tolist()
+    return loss / count, right / count

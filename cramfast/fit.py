@@ -12,13 +12,20 @@ from cramfast.errors import UserError
 Result = TypeVar("Result")
 
 
-def halving(run: Callable[[int], Result], tokens: int, least: int) -> Result:
+class OutOfMemoryTogether(torch.OutOfMemoryError):
+    """The memory of at least one of several processes was too small, and all know it."""
+
+
+def halving(
+    run: Callable[[int], Result], tokens: int, least: int, error: type[Exception] = torch.OutOfMemoryError
+) -> Result:
     """run(tokens); when that runs out of memory, run with half of it, again and again.
 
     Args:
         run: starts from what is on disk, so that nothing of a failed attempt is needed.
         tokens: size of the microbatches in the first attempt.
         least: a smaller size makes no sense.
+        error: what `run` raises when the memory is too small.
 
     Raises:
         UserError: the least size does not fit either.
@@ -26,7 +33,7 @@ def halving(run: Callable[[int], Result], tokens: int, least: int) -> Result:
     while True:
         try:
             return run(tokens)
-        except torch.OutOfMemoryError:
+        except error:
             pass  # first leave the handler: its traceback keeps every tensor of the failed attempt alive
         if tokens // 2 < least:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop after the current microbatch; the second Ctrl-C stops at once."""
+"""Ctrl-C and SIGTERM as a request to stop after the current microbatch; the second one stops at once."""
 
 import os
 import signal
@@ -6,10 +6,10 @@ from types import FrameType
 
 
 class Interrupt:
-    """Context in which SIGINT and SIGTERM only set `requested`."""
+    """Context in which SIGINT and SIGTERM only set `requested`; a `silent` one does not say so."""
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, silent: bool = False):
+        self.requested, self.silent = False, silent
         self.before: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -24,5 +24,5 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # os.write, because a print that this handler interrupts cannot be entered again
-        os.write(2, b"\nstopping after this microbatch and saving; once more aborts at once\n")
+        if not self.silent:  # os.write, because a print that this handler interrupts cannot be entered again
+            os.write(2, b"\nstopping after this microbatch and saving; once more aborts at once\n")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cramfast.budget import Budget, Progress, Replay
+from cramfast.distributed import ALONE, Team
 from cramfast.metrics import synchronize
 
 LOG_INTERVAL_S = {"cpu": 0.0, "cuda": 1.0}  # seconds between log points
@@ -22,17 +23,18 @@ CAPACITY = 1024  # steps between two log points at most
 
 
 class Clock:
-    """Seconds of training since `start`, without what is done inside `stopped`."""
+    """Seconds of training since `start`, without what is done inside `stopped`; of several processes, by the first
+    one's clock, which all of them ask together."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, team: Team = ALONE):
+        self.device, self.team = device, team
         self.start()
 
     def start(self) -> None:
         self.began, self.paused = time.perf_counter(), 0.0
 
     def elapsed(self) -> float:
-        return time.perf_counter() - self.began - self.paused
+        return self.team.of_first(time.perf_counter() - self.began - self.paused)
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:

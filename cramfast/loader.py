@@ -195,15 +195,21 @@ Source = BatchSource | LengthenedSource
 class Prefetcher:
     """Iterates over microbatches without end, built ahead by one thread.
 
+    Of several processes (`rank` of `world`) each builds the microbatches whose index is its rank modulo their number;
+    for those of others `next` gives None.
+
     Attributes:
         position: (epoch, index) of the microbatch that `next` gives next.
 
     Raises, from `next`: whatever building the microbatch raised.
     """
 
-    def __init__(self, source: Source, mask_fraction: float, position: tuple[int, int] = (0, 0), depth: int = 4):
-        self.position = position
-        self._ready: queue.Queue = queue.Queue(maxsize=depth)
+    def __init__(
+        self, source: Source, mask_fraction: float, position: tuple[int, int] = (0, 0), depth: int = 4,
+        rank: int = 0, world: int = 1,
+    ):  # fmt: skip
+        self.position, self.rank, self.world = position, rank, world
+        self._ready: queue.Queue = queue.Queue(maxsize=depth * world)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(source, mask_fraction, position), daemon=True)
         self._thread.start()
@@ -217,7 +223,7 @@ class Prefetcher:
     def __iter__(self) -> "Prefetcher":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch | None:
         if self._closed.is_set():
             raise StopIteration
         result, following = self._ready.get()
@@ -242,7 +248,8 @@ class Prefetcher:
             while not self._closed.is_set():
                 if index >= source.batches(epoch):
                     epoch, index = epoch + 1, 0
-                batch = source.batch(epoch, index, mask_fraction)
+                own = index % self.world == self.rank
+                batch = source.batch(epoch, index, mask_fraction) if own else None
                 index += 1
                 following = (epoch, index) if index < source.batches(epoch) else (epoch + 1, 0)
                 self._ready.put((batch, following))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cramfast.budget import Progress
+from cramfast.distributed import Team
 from cramfast.errors import UserError
 from cramfast.record import parse_row
 from cramfast.stopwatch import Stopwatch
@@ -122,6 +123,28 @@ class MetricsLog:
         except UserError:
             if kind is None:  # else the error that ends the run already says it
                 raise
+
+
+class NoLog(MetricsLog):
+    """What a process keeps that is not the first of several: nothing but the step of the last evaluation."""
+
+    def __init__(self, evaluated: int | None):
+        self.evaluated = evaluated
+
+    def row(self, row: dict[str, Any]) -> None: ...
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def __exit__(self, *exception) -> None: ...
+
+
+def open_log(run_dir: Path, step: int, team: Team) -> MetricsLog:
+    """The run's log; only process 0 writes."""
+    log = MetricsLog(run_dir, step) if team.rank == 0 else None
+    evaluated = team.first(lambda: log.evaluated)
+    return log or NoLog(evaluated)
 
 
 def truncate(path: Path, step: int) -> int | None:

@@ -38,14 +38,19 @@ class Microbatch:
         self.inputs: Batch | None = None  # the graph's own: a replay reads where the capture read
         self.replay: Work | None = None
 
-    def run(self, batch: Batch) -> None:
+    def run(self, batch: Batch, last: bool = False) -> None:
         """Enqueue one forward and backward pass; the host reads nothing.
+
+        In the `last` one of an update run op by op, each part of the gradient leaves for its owner (sharding.py) as
+        soon as it is complete; a replay runs no hooks, so after it all of them leave together.
 
         Raises:
             torch.OutOfMemoryError: the batch is too large.
             UserError: the pass cannot be captured.
         """
         if self.capture is None:
+            if last:
+                self.optimizer.sharding.expect()
             self.forward_backward(batch)
             return
         if self.inputs is None or shapes(batch) != shapes(self.inputs):

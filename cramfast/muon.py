@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from cramfast.optim import AdamW, FlatParameters
+from cramfast.flat import FlatParameters
+from cramfast.optim import AdamW
+from cramfast.sharding import Part
 
 MOMENTUM = 0.95
 # Matrices that stand one above the other in one tensor; each is orthogonalised alone.
@@ -28,30 +30,29 @@ class Muon(AdamW):
 
     def __init__(self, flat: FlatParameters, **options):
         super().__init__(flat, begin=flat.hidden_end, **options)
-        self.momentum = torch.zeros_like(flat.master[: flat.hidden_end])
+        self.momentum = torch.zeros_like(flat.master[self.hidden.own])
         # float16 has too few exponents for the squares of small entries
         self.dtype = torch.bfloat16 if flat.half is not None and flat.half.dtype == torch.bfloat16 else torch.float32
 
     def update(self) -> None:
         factor, norm = self.gradient_factor()
         finite = factor.isfinite()
-        self.update_hidden(torch.where(finite, self.flat.grad[: self.begin] * factor, 0.0), finite)
-        self.scalars[2] = factor  # clips and, where it is NaN, skips the rest as well
-        self.run_kernel(max_norm=0.0)
-        self.scalars[3], self.scalars[4] = norm, torch.where(finite, 0.0, 1.0)  # the kernel saw a part of the gradient
+        self.update_hidden(torch.where(finite, self.flat.grad[self.hidden.own] * factor, 0.0), finite)
+        self.run_clipped(factor, norm)
 
     def update_hidden(self, gradient: Tensor, finite: Tensor) -> None:
-        """Muon's part of an update; where it is not `finite` (0-d), nothing changes.
+        """Muon's part of an update, this process's whole matrices; where it is not `finite` (0-d), nothing changes.
 
         Args:
-            gradient: (hidden_end,), unscaled and clipped; zeros where not finite; overwritten.
+            gradient: of these matrices, (hidden_end,) in a process alone, unscaled and clipped; zeros where not finite;
+                overwritten.
         """
-        flat = self.flat
+        flat, own = self.flat, self.hidden.own
         self.momentum.lerp_(gradient, (1.0 - MOMENTUM) * finite)
         direction = gradient.lerp_(self.momentum, MOMENTUM)
         lr = self.scalars[0] * finite
         keep = 1.0 - lr * self.weight_decay
-        views = zip(flat.views(flat.master[: self.begin]), flat.views(direction), strict=True)
+        views = zip(flat.views(flat.master[own], own.start), flat.views(direction, own.start), strict=True)
         for (name, weight), (_, direction_of_weight) in views:
             parts = next((count for suffix, count in STACKED.items() if name.endswith(suffix)), 1)
             direction_BRC = direction_of_weight.view(parts, -1, weight.shape[1])
@@ -59,11 +60,11 @@ class Muon(AdamW):
             scale = 0.2 * math.sqrt(max(step_BRC.shape[1:]))
             weight.mul_(keep).sub_(step_BRC.reshape(weight.shape) * (lr * scale))
         if flat.half is not None:
-            flat.half[: self.begin].copy_(flat.master[: self.begin])
+            flat.half[own].copy_(flat.master[own])
 
-    def state(self) -> dict[str, Tensor]:
-        """Momentum and moments by parameter name, and the count of updates."""
-        return super().state() | {f"momentum.{name}": view for name, view in self.flat.views(self.momentum)}
+    def buffers(self) -> dict[str, tuple[Tensor, list[Part]]]:
+        """AdamW's, and the momentum of the hidden matrices."""
+        return super().buffers() | {"momentum": (self.momentum, [self.hidden])}
 
 
 def orthogonalised(x_BRC: Tensor) -> Tensor:

@@ -1,86 +1,20 @@
-"""All parameters in one flat float32 buffer, AdamW over it in one pass, StableAdamW, and the average of the weights."""
+"""AdamW over the flat buffers in one pass, StableAdamW, and the average of the weights; alone or on many processes."""
 
 import contextlib
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cramfast import kernels
+from cramfast.distributed import ALONE, Team
+from cramfast.flat import ALIGNMENT, FlatParameters
 from cramfast.ranges import Range
+from cramfast.sharding import Part, Sharding, divide
 
 STEADY_STEPS = 2000  # updates after which float16's loss scale is doubled, as torch.amp does
-ALIGNMENT = 16  # entries; 64 bytes of float32 and 32 of bfloat16, so that no vector load straddles a segment's start
-
-
-class FlatParameters:
-    """Owns the numbers of a model: float32 master, hidden matrices first, then embedding tables, then vectors; a
-    half-precision copy of the matrices.
-
-    The module's Parameters become views: of `half` for matrices when `dtype` is a half precision (kept, never recast),
-    of `master` otherwise. Norm weights and biases always stay float32. Gradients gather in `grad`, float32, over any
-    number of backward passes.
-
-    Attributes:
-        master, grad: (P,) float32, P the padded size.
-        half: (matrices_end,) in `dtype`, or None in float32.
-        hidden_end: where the embedding tables begin; Muon's part ends there.
-        matrices_end: where the vectors begin; weight decay ends there.
-    """
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
-        named = list(model.named_parameters())
-        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        ordered = sorted(named, key=lambda item: (item[1].dim() < 2, id(item[1]) in tables))
-        self.places: dict[str, tuple[int, torch.Size]] = {}
-        end = self.hidden_end = self.matrices_end = 0
-        for name, parameter in ordered:
-            self.places[name] = (end, parameter.shape)
-            end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-            if parameter.dim() >= 2:
-                self.matrices_end = end
-                self.hidden_end = self.hidden_end if id(parameter) in tables else end
-        device = ordered[0][1].device
-        self.master = torch.zeros(end, device=device)
-        self.grad = torch.zeros(end, device=device)
-        for (_, parameter), (_, view) in zip(ordered, self.views(self.master), strict=True):
-            view.copy_(parameter.detach())
-        self.half = None if dtype == torch.float32 else self.master[: self.matrices_end].to(dtype)
-        for (name, parameter), (_, view) in zip(ordered, self.views(self.master), strict=True):
-            begin, shape = self.places[name]
-            if self.half is not None and parameter.dim() >= 2:
-                view = self.half[begin : begin + parameter.numel()].view(shape)
-            parameter.data = view
-        for (_, parameter), (_, view) in zip(ordered, self.views(self.grad), strict=True):
-            parameter.register_post_accumulate_grad_hook(gather_into(view))
-
-    def views(self, flat: Tensor, offset: int = 0) -> Iterator[tuple[str, Tensor]]:
-        """(name, view shaped like the parameter) of a buffer laid out like `master` from `offset` on."""
-        for name, (place, shape) in self.places.items():
-            begin = place - offset
-            if 0 <= begin < len(flat):
-                yield name, flat[begin : begin + shape.numel()].view(shape)
-
-    @torch.no_grad()
-    def refresh_half(self) -> None:
-        """Make the half-precision copy follow a master that was written from outside."""
-        if self.half is not None:
-            self.half.copy_(self.master[: self.matrices_end])
-
-
-def gather_into(view: Tensor):
-    """Hook that adds a finished gradient to its float32 place and frees it at once.
-
-    Autograd would accumulate in the parameter's own dtype, where bfloat16 loses small microbatch gradients beside a
-    large sum; and it insists that .grad has that dtype, so the float32 buffer cannot be .grad itself.
-    """
-
-    def hook(parameter: Tensor) -> None:
-        view.add_(parameter.grad)
-        parameter.grad = None
-
-    return hook
 
 
 class LossScale:
@@ -112,30 +46,31 @@ class LossScale:
 
 
 class WeightAverage:
-    """Exponential moving average of the weights, float32, laid out like the master.
+    """Exponential moving average of the weights, float32.
 
     The decay of update t is at most (1 + t) / (10 + t), so that the first weights are soon forgotten, as TensorFlow's
     ExponentialMovingAverage does with `num_updates`.
 
     Attributes:
-        values: (P,) float32.
+        values: (own entries,) float32; in a process alone (P,), laid out like the master.
     """
 
-    def __init__(self, flat: FlatParameters, decay: float):
-        self.flat, self.least = flat, 1.0 - decay
-        self.values = flat.master.clone()
+    def __init__(self, sharding: Sharding, decay: float):
+        self.sharding, self.flat, self.least = sharding, sharding.flat, 1.0 - decay
+        self.values = sharding.own(self.flat.master).clone()
 
     def follow(self, updates: Tensor, skipped: Tensor) -> None:
         """Move towards the weights after update number `updates`, unless it was `skipped`; both 0-d."""
         share = (9.0 / (10.0 + updates)).clamp(min=self.least)
-        self.values.lerp_(self.flat.master, share * (skipped == 0))
+        self.values.lerp_(self.sharding.own(self.flat.master), share * (skipped == 0))
 
     def exchange(self) -> None:
         """Give the model the average and keep its weights here, or take that back."""
-        weights = self.flat.master.clone()
-        self.flat.master.copy_(self.values)
+        weights = self.sharding.own(self.flat.master).clone()
+        self.sharding.put(self.values, self.flat.master)
         self.values.copy_(weights)
         self.flat.refresh_half()
+        self.sharding.publish()
 
 
 class AdamW:
@@ -149,45 +84,58 @@ class AdamW:
         max_norm: largest global norm of the gradient; 0 for no clip.
         ema_decay: of the average of the weights; 0 keeps none.
         begin: the first entry of the flat buffers that AdamW updates.
+        team: the processes that share the work; each keeps the state of its own entries.
 
     Attributes:
+        part, hidden: the entries from `begin` on, which AdamW updates, and the whole matrices before them.
         loss_scale: what the loss is to be multiplied with before its backward pass.
         average: of the weights, or None.
     """
 
     def __init__(
         self, flat: FlatParameters, *, beta1: float, beta2: float, eps: float, weight_decay: float, max_norm: float,
-        ema_decay: float = 0.0, begin: int = 0,
+        ema_decay: float = 0.0, begin: int = 0, team: Team = ALONE,
     ):  # fmt: skip
-        self.flat, self.begin, self.weight_decay = flat, begin, weight_decay
+        self.flat, self.team, self.weight_decay = flat, team, weight_decay
         self.beta1, self.beta2, self.eps, self.max_norm = beta1, beta2, eps, max_norm
-        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(flat.master[begin:]) for _ in range(2))
+        self.hidden = divide([place for place, _ in flat.places.values() if place <= begin], team)
+        self.part = divide(range(begin, flat.master.numel() + 1, ALIGNMENT), team)
+        self.sharding = Sharding(team, flat, [self.hidden, self.part])
+        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(flat.master[self.part.own]) for _ in range(2))
         self.scalars = torch.zeros(5, device=flat.master.device)
         self.loss_scale = LossScale(torch.float32 if flat.half is None else flat.half.dtype, flat.master.device)
-        self.average = WeightAverage(flat, ema_decay) if ema_decay else None
+        self.average = WeightAverage(self.sharding, ema_decay) if ema_decay else None
         self.set_segments([flat.matrices_end, flat.master.numel()])
 
     def set_segments(self, ends: list[int]) -> None:
-        """Let each stretch of the flat buffers that ends at one of `ends` have a learning rate of its own."""
-        device, decays = self.flat.master.device, [end <= self.flat.matrices_end for end in ends]
-        self.segment_end = torch.tensor(ends, device=device) - self.begin
-        self.segment_decay = torch.tensor(decays, device=device) * self.weight_decay
-        self.segment_lr = torch.ones(len(ends), device=device)
+        """Let each stretch of the flat buffers that ends at one of `ends` have a learning rate of its own; `held` are
+        those that this process owns entries of."""
+        device, own = self.flat.master.device, self.part.own
+        first, last = bisect_right(ends, own.start), bisect_left(ends, own.stop)
+        self.held = slice(first, last + 1)
+        held = [(min(end, own.stop) - own.start, end <= self.flat.matrices_end) for end in ends[self.held]]
+        self.segment_end, self.segment_decay = (
+            torch.tensor(column, device=device) for column in zip(*held, strict=True)
+        )
+        self.segment_decay = self.segment_decay * self.weight_decay
+        self.segment_lr = torch.ones(len(held), device=device)
 
     @Range("optimizer")
     @torch.no_grad()
     def step(self, lr: float, loss_sum: Tensor, microbatches: float) -> None:
-        """Update with the gathered gradients and clear them; the host reads nothing.
+        """Update with the gathered gradients (of all processes: sharding.py) and clear them; the host reads nothing.
 
         Args:
             lr: learning rate of this step.
             loss_sum: 0-d, summed loss of the microbatches; a non-finite one skips the update as a gradient would.
-            microbatches: how many; the gradient is divided by this and by the loss scale before the clip.
+            microbatches: how many, on all processes; the gradient is divided by this and by the loss scale before the
+                clip.
         """
         self.scalars[0] = lr
         # 0 * inf is nan, and a nan scale counts as non-finite
         self.scalars[2] = 1.0 / (self.loss_scale.value * microbatches) + 0.0 * loss_sum
         self.update()
+        self.sharding.publish()
         self.flat.grad.zero_()
         self.loss_scale.update(self.scalars[4])
         if self.average is not None:
@@ -195,22 +143,33 @@ class AdamW:
 
     def update(self) -> None:
         """Change the weights as the scalars say."""
-        self.run_kernel(self.max_norm)
+        if self.team.alone:
+            self.run_kernel(self.max_norm)  # which sees the whole gradient and takes its norm
+        else:
+            self.run_clipped(*self.gradient_factor())
+
+    def run_clipped(self, factor: Tensor, norm: Tensor) -> None:
+        """The kernel on a part of the gradient, with factor and norm of the whole: see gradient_factor()."""
+        self.scalars[2] = factor  # clips and, where it is NaN, leaves the update out
+        self.run_kernel(max_norm=0.0)
+        self.scalars[3], self.scalars[4] = norm, torch.where(factor.isfinite(), 0.0, 1.0)
 
     def run_kernel(self, max_norm: float) -> None:
-        """csrc/adamw.h over the entries from `begin` on."""
-        flat, begin = self.flat, self.begin
-        half = None if flat.half is None else flat.half[begin:]
+        """csrc/adamw.h over this process's entries."""
+        flat, own = self.flat, self.part.own
+        half = None if flat.half is None or own.start >= flat.matrices_end else flat.half[own]
         kernels.adamw(
-            flat.master[begin:], flat.grad[begin:], self.exp_avg, self.exp_avg_sq, half,
+            flat.master[own], flat.grad[own], self.exp_avg, self.exp_avg_sq, half,
             self.segment_end, self.segment_decay, self.segment_lr, self.scalars,
             beta1=self.beta1, beta2=self.beta2, eps=self.eps, max_norm=max_norm,
         )  # fmt: skip
 
     def gradient_factor(self) -> tuple[Tensor, Tensor]:
         """What the kernel multiplies the gradient with to unscale and clip it, NaN for an update to be left out, and
-        the norm before the clip; both 0-d."""
-        norm = torch.linalg.vector_norm(self.flat.grad) * self.scalars[2]
+        the norm before the clip, over all processes; both 0-d."""
+        own = torch.linalg.vector_norm(self.sharding.own(self.flat.grad))
+        norm = own if self.team.alone else torch.linalg.vector_norm(self.team.gathered(own))
+        norm = norm * self.scalars[2]
         clip = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_norm else 1.0
         return torch.where(norm < math.inf, self.scalars[2] * clip, math.nan), norm
 
@@ -229,8 +188,9 @@ class AdamW:
 
     def reset(self) -> None:
         """Forget every update; the weights stay."""
-        for tensor in (*self.state().values(), self.scalars):
-            tensor.zero_()
+        for values, _ in self.buffers().values():
+            values.zero_()
+        self.scalars.zero_()
 
     @property
     def verdict(self) -> Tensor:
@@ -247,11 +207,34 @@ class AdamW:
         """Whether the last step was left out for a non-finite gradient or loss (host sync)."""
         return bool(self.scalars[4] != 0)
 
+    def buffers(self) -> dict[str, tuple[Tensor, list[Part]]]:
+        """What is kept from one update to the next, by name: this process's entries, and of which parts they are."""
+        return {"exp_avg": (self.exp_avg, [self.part]), "exp_avg_sq": (self.exp_avg_sq, [self.part])}
+
+    @property
+    def updates(self) -> Tensor:
+        """(1,) float32: updates made."""
+        return self.scalars[1:2]
+
     def state(self) -> dict[str, Tensor]:
-        """Moments by parameter name, and the count of updates."""
-        named = {f"exp_avg.{name}": view for name, view in self.flat.views(self.exp_avg, self.begin)}
-        named |= {f"exp_avg_sq.{name}": view for name, view in self.flat.views(self.exp_avg_sq, self.begin)}
-        return named | {"updates": self.scalars[1:2]}
+        """Whole buffers by parameter name, and the count of updates; all processes call it, process 0 gets them."""
+        named = {}
+        for kind, (values, parts) in self.buffers().items():
+            whole = self.sharding.collect(values, parts)
+            named |= {f"{kind}.{name}": view for name, view in self.flat.views(whole, parts[0].cuts[0])}
+        return named | {"updates": self.updates}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The float32 weights by parameter name, as state()."""
+        return dict(self.flat.views(self.collect(self.sharding.own(self.flat.master))))
+
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged weights by parameter name, as state(); nothing where there are none."""
+        return {} if self.average is None else dict(self.flat.views(self.collect(self.average.values)))
+
+    def collect(self, values: Tensor) -> Tensor:
+        """(P,) of every process's entries, on process 0."""
+        return self.sharding.collect(values, self.sharding.parts)
 
 
 class StableAdamW(AdamW):
@@ -270,9 +253,12 @@ class StableAdamW(AdamW):
     def update(self) -> None:
         factor, _ = self.gradient_factor()
         correction2 = -torch.expm1((self.scalars[1] + 1) * (math.log(self.beta2) if self.beta2 else -math.inf))
-        square = (self.flat.grad * factor).square_()
+        square = (self.flat.grad[self.part.own] * factor).square_()
         ratio = torch.lerp(square, self.exp_avg_sq, self.beta2).div_(correction2).clamp_(min=self.eps**2)
         torch.div(square, ratio, out=ratio)
-        mean_square = torch.stack([view.mean() for _, view in self.flat.views(ratio)])
-        torch.div(1.0, mean_square.sqrt().clamp(min=1.0), out=self.segment_lr)
+        means, places = dict.fromkeys(self.flat.places, ratio.new_zeros(())), self.flat.places
+        for name, _, piece in self.sharding.pieces(ratio, [self.part]):
+            means[name] = piece.mean() * (len(piece) / places[name][1].numel())
+        mean_square = self.team.total(torch.stack(list(means.values())))
+        torch.div(1.0, mean_square[self.held].sqrt().clamp(min=1.0), out=self.segment_lr)
         super().update()

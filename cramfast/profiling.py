@@ -19,10 +19,11 @@ NVIDIA_TOOLS = ("NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_TRANSPORT_TYPE
 
 
 class Profile:
-    """Profiles the steps that config.profile_steps names, and marks ranges as config.nvtx says, in its context."""
+    """Profiles the steps that config.profile_steps names, and marks ranges as config.nvtx says, in its context; of
+    several processes, profiles the first."""
 
-    def __init__(self, config: TrainConfig, model: Encoder, run_dir: Path):
-        self.steps = profiled_steps(config.profile_steps) or range(0)
+    def __init__(self, config: TrainConfig, model: Encoder, run_dir: Path, rank: int = 0):
+        self.steps = profiled_steps(config.profile_steps) if config.profile_steps and rank == 0 else range(0)
         self.device, self.run_dir = torch.device(config.device), run_dir
         self.nvtx = [] if config.nvtx == "off" else [ranges.Nvtx()]
         if config.nvtx == "layers":

@@ -120,8 +120,9 @@ def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | No
             shutil.copyfile(replay / "metrics.jsonl", run_dir / REPLAYED)
 
 
-def describe(config: TrainConfig, model: Encoder) -> dict[str, Any]:
-    """What the record says once per session: device, versions, the implementation of each op, the matmul peak."""
+def describe(config: TrainConfig, model: Encoder, world: int = 1) -> dict[str, Any]:
+    """What the record says once per session: device, versions, the implementation of each op, the matmul peak; of
+    `world` processes like this one together, threads aside."""
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     peak = measure_matmul_peak(dtype, device)
     return {
@@ -134,7 +135,8 @@ def describe(config: TrainConfig, model: Encoder) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("cramfast", "torch", "numpy")}
         | {"python": sys.version.split()[0]},
         "kernels": [asdict(choice) for choice in kernelchoice.choices(config)],
-        "matmul_peak_flops": peak,
+        "processes": world,
+        "matmul_peak_flops": peak * world,
     }
 
 

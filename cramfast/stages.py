@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from cramfast import checkpoint, demo, export, kernelchoice, prepare, report
 from cramfast.config import TrainConfig
 from cramfast.curation import summary
+from cramfast.distributed import Team
 from cramfast.errors import UserError
 from cramfast.microbatch import graph_choice
 from cramfast.prepared import read_manifest
@@ -41,6 +42,18 @@ def print_graph(config: TrainConfig) -> None:
     """One line: whether microbatches are replayed from a CUDA graph, and why or why not."""
     captured, reason = graph_choice(config)
     print(f"  {'CUDA graph':<14} {'on' if captured else 'off':<10} {reason}", flush=True)
+
+
+def print_team(config: TrainConfig, team: Team) -> None:
+    """One line, where there are several processes: how they divide an update."""
+    if team.alone:
+        return
+    full = max(1, round(config.batch_tokens / config.microbatch_tokens))
+    uneven = f"; {full} microbatches an update are no multiple of that: some wait" if full % team.world else ""
+    reason = (
+        f"each takes every {team.world}th microbatch of the same order and keeps its share of the optimizer's state"
+    )
+    print(f"  {'processes':<14} {team.world:<10} {reason}{uneven}", flush=True)
 
 
 def as_prepared(config: TrainConfig) -> TrainConfig:

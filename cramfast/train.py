@@ -5,26 +5,29 @@ session() is the loop: microbatches -> flat gradient -> update, until the budget
 """
 
 import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cramfast import checkpoint, fit, runfolder, schedule, stages
+from cramfast import checkpoint, distributed, fit, runfolder, schedule, stages
 from cramfast.allocator import keep_freed_memory
 from cramfast.budget import Budget, Progress, Replay, parse_budget, read_replay, resized
 from cramfast.commandline import Request, parse, print_config
 from cramfast.config import TrainConfig, config_hash, to_json
+from cramfast.distributed import ALONE, Team
 from cramfast.electra import Discriminator
-from cramfast.errors import UserError, command
+from cramfast.errors import INTERRUPTED, UserError, command
 from cramfast.evaluate.probe import Probe, read_pairs
 from cramfast.feed import Feed, detection_loss, evaluate, heldout_batches, to_device, training_source
 from cramfast.interrupt import Interrupt
 from cramfast.kernels.linear import allow_half_accumulation
 from cramfast.ledger import Clock, Ledger, Step
-from cramfast.loader import Source
-from cramfast.metrics import Display, MetricsLog
+from cramfast.loader import Batch, Source
+from cramfast.metrics import Display, MetricsLog, open_log
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model import Encoder
 from cramfast.muon import Muon
@@ -35,10 +38,11 @@ SKIPS_IN_ROW = 20  # non-finite updates before the run gives up
 OPTIMIZERS = {"adamw": AdamW, "stable_adamw": StableAdamW, "muon": Muon}
 
 
-def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay) -> bool:
+def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay, team: Team = ALONE) -> bool:
     """Train until the budget is spent, from the newest checkpoint in run_dir or from the start.
 
-    Where memory runs out, training goes on from the newest checkpoint with microbatches of half the size.
+    All processes of a team call it, and take every decision together. Where memory runs out, training goes on from the
+    newest checkpoint with microbatches of half the size.
 
     Returns:
         True when the budget is spent, False when a signal ended the session; a checkpoint is there either way.
@@ -46,40 +50,45 @@ def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | R
     Raises:
         UserError: the disk refused a checkpoint, the memory is too small, or 20 updates in a row were not finite.
     """
-    tokens = budget.microbatch_tokens or latest(config, run_dir)[0].microbatch_tokens or config.microbatch_tokens
+    saved = team.first(lambda: latest(config, run_dir)[0].microbatch_tokens)
+    tokens = budget.microbatch_tokens or saved or config.microbatch_tokens
     least = tokens if budget.microbatch_tokens else config.sequence_len  # a replay keeps the size of its record
-    return fit.halving(lambda size: session(config, run_dir, prepared, budget, size), tokens, least)
+    error = torch.OutOfMemoryError if team.alone else fit.OutOfMemoryTogether
+    return fit.halving(lambda size: session(config, run_dir, prepared, budget, size, team), tokens, least, error)
 
 
-def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay, size: int) -> bool:
+def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay, size: int, team: Team) -> bool:
     """train() with microbatches of `size` tokens; raises torch.OutOfMemoryError where they do not fit."""
     device = torch.device(config.device)
-    source, heldout = training_source(config, prepared, size), heldout_batches(config, prepared, device)
-    probe, ledger = Probe(config, prepared), Ledger(Clock(device))
-    model, optimizer, microbatch = start(config, source, ledger.clock)
-    progress, previous = restore(config, run_dir, optimizer, size)
-    run = runfolder.describe(config, model) | {"microbatch_tokens": size}
+    source, probe = training_source(config, prepared, size), Probe(config, prepared)
+    heldout = heldout_batches(config, prepared, device)[team.rank :: team.world]
+    ledger = Ledger(Clock(device, team))
+    model, optimizer, microbatch = start(config, source, ledger.clock, team)
+    progress, previous = restore(config, run_dir, optimizer, size, team)
+    run = team.first(lambda: runfolder.describe(config, model, team.world)) | {"microbatch_tokens": size}
     lr_shape, fixed = schedule.SHAPES[config.schedule], {"model": to_json(config.model), "hash": config_hash(config)}
     pieces = round(config.microbatch_tokens / size)  # of a microbatch of the size that was asked for
 
     def look() -> dict[str, float]:
         with optimizer.averaged():
-            more = {"heldout_detection_loss": detection_loss(model, heldout)} if config.objective == "rtd" else {}
-            predictor = model.generator if more else model
-            loss, accuracy = evaluate(predictor, heldout)
-            more |= probe(predictor)
+            rtd = config.objective == "rtd"
+            more = {"heldout_detection_loss": detection_loss(model, heldout, team)} if rtd else {}
+            predictor = model.generator if rtd else model
+            loss, accuracy = evaluate(predictor, heldout, team)
+            more |= team.first(lambda: probe(predictor))
         return log.evaluation(progress, loss, accuracy, **more)
 
     evaluated = saved = progress.seconds
     with (
-        MetricsLog(run_dir, progress.step) as log, Display() as display, Interrupt() as interrupt,
-        Profile(config, model, run_dir) as profile,
-        Feed(source, config.model, device, (progress.epoch, progress.index), config.objective) as feed,
+        open_log(run_dir, progress.step, team) as log, Display() as display, Interrupt(team.rank > 0) as interrupt,
+        Profile(config, model, run_dir, team.rank) as profile,
+        Feed(source, config.model, device, (progress.epoch, progress.index), config.objective, team) as feed,
     ):  # fmt: skip
+        team.watch(interrupt)
         log.write({"run": run})
         if progress.step == 0:
             display.evaluation = look()
-        while (fraction := budget.fraction(ahead := ledger.ahead(progress))) < 1 and not interrupt.requested:
+        while (fraction := budget.fraction(ahead := ledger.ahead(progress))) < 1:
             profile.before(ahead.step + 1)
             ledger.begin()
             lr = config.lr * lr_shape(fraction)
@@ -89,15 +98,11 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
                 fraction, config.microbatch_tokens, config.batch_tokens, config.ramp_fraction
             )
             microbatches = budget.microbatches(ahead, planned)
-            tokens, flops, loss_sum = 0, 0.0, microbatch.loss_sum.zero_()
-            for _ in range(microbatches):
-                batch, batch_flops = feed.next(masked, lengthened)
-                microbatch.run(batch)  # adds to the loss and to the flat gradient
-                tokens, flops = tokens + batch.tokens, flops + batch_flops
-                if interrupt.requested:
-                    break
-            if interrupt.requested:
+            share = feed.share(microbatches, masked, lengthened)
+            tokens, flops, stopped = accumulate(share, microbatch, interrupt, team)
+            if stopped:
                 break  # an unfinished update is dropped; a resumed run makes it again, from the same microbatches
+            loss_sum = team.total(microbatch.loss_sum)
             optimizer.step(lr, loss_sum, microbatches)
             settings = {"fraction": fraction, "microbatches": microbatches, "lr": lr}
             ledger.add(Step(feed.position, tokens, flops, settings), loss_sum, optimizer.verdict)
@@ -121,7 +126,38 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
     return budget.fraction(progress) >= 1
 
 
-def start(config: TrainConfig, source: Source, clock: Clock) -> tuple[Encoder, AdamW, Microbatch]:
+def accumulate(
+    share: Iterable[tuple[Batch, float, bool]], microbatch: Microbatch, interrupt: Interrupt, team: Team
+) -> tuple[int, float, bool]:
+    """Run this process's microbatches of an update; each adds to the loss and to the flat gradient, whose sum over the
+    processes then lies with the owners of its entries.
+
+    Returns:
+        (tokens, FLOPs, whether a signal asked to stop) over all processes.
+
+    Raises:
+        torch.OutOfMemoryError: in all processes, where the memory of one is too small.
+    """
+    tokens, flops, full = 0, 0.0, False
+    microbatch.loss_sum.zero_()
+    try:
+        for batch, batch_flops, last in share:
+            if interrupt.requested:
+                break
+            microbatch.run(batch, last)
+            tokens, flops = tokens + batch.tokens, flops + batch_flops
+    except torch.OutOfMemoryError:
+        if team.alone:
+            raise
+        full = True
+    tokens, flops, stopped, full = team.added(tokens, flops, interrupt.requested, full)
+    microbatch.optimizer.sharding.reduce()  # after any end: others may have begun, and wait for this process
+    if full:
+        raise fit.OutOfMemoryTogether
+    return tokens, flops, stopped
+
+
+def start(config: TrainConfig, source: Source, clock: Clock, team: Team) -> tuple[Encoder, AdamW, Microbatch]:
     """Model, optimizer and microbatch as drawn from the seed, after one trial step that changed nothing.
 
     Compilers and caches do their first work in that step, outside the budget, and memory that is too small shows.
@@ -132,11 +168,13 @@ def start(config: TrainConfig, source: Source, clock: Clock) -> tuple[Encoder, A
     optimizer = OPTIMIZERS[config.optimizer](
         FlatParameters(model, getattr(torch, config.dtype)), beta1=config.beta1, beta2=config.beta2,
         eps=config.adam_eps, weight_decay=config.weight_decay, max_norm=config.max_norm, ema_decay=config.ema_decay,
+        team=team,
     )  # fmt: skip
     microbatch = Microbatch(model, optimizer, clock, capture_graph if graph_choice(config)[0] else None)
     most_masked = max(config.mask_fraction, config.mask_fraction_end)
-    microbatch.run(to_device(source.batch(0, 0, most_masked), torch.device(config.device)))
-    optimizer.step(0.0, microbatch.loss_sum, 1)
+    batch = to_device(source.batch(0, 0, most_masked), torch.device(config.device))
+    accumulate([(batch, 0.0, True)], microbatch, Interrupt(), team)
+    optimizer.step(0.0, team.total(microbatch.loss_sum), team.world)
     optimizer.reset()
     return model, optimizer, microbatch
 
@@ -148,9 +186,11 @@ def latest(config: TrainConfig, run_dir: Path) -> tuple[Progress, Path | None]:
     return Progress(loss_scale=LossScale.START if config.dtype == "float16" else 1.0), None
 
 
-def restore(config: TrainConfig, run_dir: Path, optimizer: AdamW, size: int) -> tuple[Progress, Path | None]:
+def restore(
+    config: TrainConfig, run_dir: Path, optimizer: AdamW, size: int, team: Team
+) -> tuple[Progress, Path | None]:
     """Weights and moments of the newest checkpoint, if there is one; the rest as latest(), counted in `size`."""
-    progress, previous = latest(config, run_dir)
+    progress, previous = team.first(lambda: latest(config, run_dir))
     if previous:
         checkpoint.restore(previous, optimizer)
     optimizer.loss_scale.set(progress.loss_scale, progress.steady_steps)
@@ -211,25 +251,33 @@ def choose_budget(request: Request) -> Budget | Replay:
 
 def main() -> None:
     """The command line: every stage, with its progress, from text to an exported model."""
-    request = parse()
+    with distributed.team() as team:
+        carry_out(team.first(parse), team)
+
+
+def carry_out(request: Request, team: Team) -> None:
+    """What the command line asks for, in this process of the team; process 0 does all but the training."""
+    team.run_dir = request.run_dir
     config = stages.as_prepared(request.config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    team.use(config.device)
+    if threads := config.threads or team.threads:
+        torch.set_num_threads(threads)
     keep_freed_memory()
     allow_half_accumulation(config.half_accumulation)
     stages.choose_kernels(config, request.run_dir if request.resuming else request.replay)
     stages.print_graph(config)
-    budget = choose_budget(request)
-    read_pairs(config)  # a fault is named before the text is prepared
-    prepared, fitted = stages.prepare_text(config)
+    stages.print_team(config, team)
+    budget = team.first(lambda: choose_budget(request))
+    team.first(lambda: read_pairs(config))  # a fault is named before the text is prepared
+    prepared, fitted = team.first(lambda: stages.prepare_text(config))
     print_config(fitted)
-    with runfolder.locked(request.run_dir):
-        runfolder.create(request.run_dir, config, prepared, request.replay)
+    with runfolder.locked(request.run_dir) if team.rank == 0 else nullcontext():
+        team.first(lambda: runfolder.create(request.run_dir, config, prepared, request.replay))
         print(f"run folder {request.run_dir}", flush=True)
-        if not train(fitted, request.run_dir, prepared, budget):
-            print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}")
-            sys.exit(130)
-        stages.publish(request.run_dir)
+        if not train(fitted, request.run_dir, prepared, budget, team):
+            print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}", flush=True)
+            sys.exit(INTERRUPTED)
+        team.first(lambda: stages.publish(request.run_dir))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from cramfast import checkpoint, feed, runfolder, train
 from cramfast.budget import Replay, parse_budget
 from cramfast.config import ModelConfig, TrainConfig, to_json
+from cramfast.distributed import ALONE, Team
 from cramfast.loader import Batch
 
 FIRST = 5  # ids below are the special tokens
@@ -46,12 +47,14 @@ class FakeSource:
 
 
 class FakePrefetcher:
-    def __init__(self, source, mask_fraction, position):
+    def __init__(self, source, mask_fraction, position, rank=0, world=1):
         self.source, self.mask_fraction, self.position = source, mask_fraction, position
+        self.rank, self.world = rank, world
 
     def __next__(self):
         epoch, index = self.position
-        batch = self.source.batch(epoch, index, self.mask_fraction)
+        own = index % self.world == self.rank
+        batch = self.source.batch(epoch, index, self.mask_fraction) if own else None
         self.position = (epoch, index + 1) if index + 1 < self.source.batches(epoch) else (epoch + 1, 0)
         return batch
 
@@ -67,12 +70,13 @@ def small_config(**changes) -> TrainConfig:
     return TrainConfig(**({"model": model, "device": "cpu", "dtype": "float32", **small, **rare} | changes))
 
 
-def run(folder: Path, budget: str | Replay, **changes) -> Path:
+def run(folder: Path, budget: str | Replay, team: Team = ALONE, **changes) -> Path:
     """Train in `folder` on the fake text, or go on there."""
     config = small_config(**changes)
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_json(config)))
-    finished = train.train(config, folder, folder, parse_budget(budget) if isinstance(budget, str) else budget)
+    if team.rank == 0:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(to_json(config)))
+    finished = train.train(config, folder, folder, parse_budget(budget) if isinstance(budget, str) else budget, team)
     assert finished
     return folder
 

@@ -40,10 +40,10 @@ def install(variant: Variant) -> None:
     train.stages.publish = lambda run_dir: None
 
 
-def in_evaluation_mode(model, batches):
+def in_evaluation_mode(model, batches, team):
     """feed.evaluate without dropout."""
     model.eval()
-    result = evaluate(model, batches)
+    result = evaluate(model, batches, team)
     model.train()
     return result
 
