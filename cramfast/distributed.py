@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -210,7 +211,11 @@ class Processes(Team):
         """The first process with something to say is the one whose message shows; the others leave in silence."""
         if error is None:
             dist.destroy_process_group()
-        elif isinstance(error, UserError | KeyboardInterrupt | torch.OutOfMemoryError):
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another's end, must not cut the message off
+        if isinstance(error, KeyboardInterrupt) and isinstance(error.__context__, UserError):
+            error = error.__context__  # on the way here it has
+        if isinstance(error, UserError | KeyboardInterrupt | torch.OutOfMemoryError):
             if not self.speaks_first():
                 raise SystemExit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2) from None
             if isinstance(error, torch.OutOfMemoryError):
@@ -218,6 +223,7 @@ class Processes(Team):
                     f"process {self.rank} ran out of memory outside a microbatch — go on with --resume and "
                     "fewer processes on this machine, or start a smaller model"
                 ) from None
+            raise error
 
 
 @contextlib.contextmanager

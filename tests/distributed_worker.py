@@ -151,7 +151,7 @@ def wait(pids: list[int]) -> list[int]:
         pid, status = os.wait()
         left.discard(pid)
         statuses[pid] = os.waitstatus_to_exitcode(status)
-        if statuses[pid] < 0:
+        if statuses[pid] == -signal.SIGKILL:
             for other in left:
                 os.kill(other, signal.SIGTERM)
     os.kill(pids[0], signal.SIGKILL)

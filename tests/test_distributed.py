@@ -110,7 +110,8 @@ def test_memory_that_is_too_small_on_one_is_so_for_all(runs):
 
 
 def test_a_killed_rank_ends_all_and_the_checkpoint_stays(runs, fake_text):
-    assert statuses(runs, "killed") == [2, 2, -signal.SIGKILL, 2]
+    ends = statuses(runs, "killed")
+    assert ends.pop(2) == -signal.SIGKILL and set(ends) <= {2, 130}  # 130 where the agent's SIGTERM came first
     lines = "\n".join(printed(runs, "killed")).split()
     said = " ".join(lines)
     assert said.count("error:") == 1 and "Traceback" not in said
