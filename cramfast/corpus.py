@@ -26,6 +26,7 @@ COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
 # Longest piece of a document held at once, in characters. A file without a single blank line is one document; it is
 # cut here (between lines where it has lines), far above any sequence length, so that memory stays bounded.
 LONGEST_PIECE = 1 << 20
+READ_AT_ONCE = 1 << 18  # characters: a thread that reads by the line would wait for the interpreter as often
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,24 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         UserError: a missing, damaged or undecodable file; the message names the place.
     """
-    number = 1
+    number, rest = 1, ""
     with _readable(path):
         try:
             with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="strict", newline=None) as text:
-                while line := text.readline(LONGEST_PIECE):
-                    yield number, line
-                    number += line.endswith("\n")
+                while more := text.read(READ_AT_ONCE):
+                    *lines, rest = (rest + more).split("\n")
+                    for line in lines:
+                        line += "\n"
+                        while len(line) > LONGEST_PIECE:
+                            yield number, line[:LONGEST_PIECE]
+                            line = line[LONGEST_PIECE:]
+                        yield number, line
+                        number += 1
+                    while len(rest) > LONGEST_PIECE:
+                        yield number, rest[:LONGEST_PIECE]
+                        rest = rest[LONGEST_PIECE:]
+                if rest:
+                    yield number, rest
         except UnicodeDecodeError:
             raise UserError(f"{_undecodable(path)} — convert the file to UTF-8") from None
 

@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ BATCH_CHARACTERS = 4_000_000  # judged, or encoded, at one time; bounds the memo
 EXAMPLES = 5  # shown of each step
 EXCERPT = 300  # characters of an example
 SIMILARITY_BINS = 50
+T = TypeVar("T")
 
 
 @dataclass
@@ -73,21 +75,10 @@ class Curator:
         return c.min_letters > 0 or c.max_repeated_lines < 1 or c.duplicates != "keep"
 
     def kept(self, documents: Iterable[str]) -> Iterator[str]:
-        """The documents that stay; the next batch is read while one is judged."""
-        if not self.active:
-            for text in documents:
-                self.verdicts.append(KEPT)
-                yield text
-            return
-        with concurrent.futures.ThreadPoolExecutor(1) as beside:
-            before: list[str] = []
-            judged = beside.submit(self.judge, before)
-            for texts in batches(documents):
-                verdicts = judged.result()
-                judged = beside.submit(self.judge, texts)
-                yield from (text for text, verdict in zip(before, verdicts, strict=True) if verdict == KEPT)
-                before = texts
-            yield from (text for text, verdict in zip(before, judged.result(), strict=True) if verdict == KEPT)
+        """The documents that stay; the next batch is read and judged while one is used."""
+        judged = ((texts, self.judge(texts)) for texts in ahead(batches(documents)))
+        for texts, verdicts in ahead(judged) if self.active else judged:
+            yield from (text for text, verdict in zip(texts, verdicts, strict=True) if verdict == KEPT)
 
     def judge(self, texts: list[str]) -> bytearray:
         """Verdicts on the next documents."""
@@ -203,6 +194,16 @@ def summary(manifest: dict) -> list[str]:
         f"{step.character_share:.2%} of the characters)"
         for step in dropped_steps(manifest)
     ]
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made in a thread of its own while the one before is used."""
+    made = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        following = beside.submit(next, made, None)
+        while (item := following.result()) is not None:
+            following = beside.submit(next, made, None)
+            yield item
 
 
 def batches(documents: Iterable[str]) -> Iterator[list[str]]:

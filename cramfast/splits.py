@@ -1,8 +1,8 @@
 """Second pass over the text: the ids of every document that stays, in the files of its split."""
 
-import concurrent.futures
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numba
@@ -10,10 +10,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cramfast.corpus import Corpus
-from cramfast.curation import KEPT, MANY_TOKENS, Curator, batches
+from cramfast.curation import KEPT, MANY_TOKENS, Curator, ahead, batches
 from cramfast.errors import UserError
 from cramfast.survey import Report, Survey
-from cramfast.wordcache import WordCache
+from cramfast.wordcache import Found, WordCache
 
 DEMO_LINES = 400
 SPLITS = ("train", "heldout")
@@ -54,8 +54,24 @@ class SplitWriter:
         return {name: getattr(self, name) for name in ("documents", "words", "tokens", "characters")}
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Documents that the first pass kept, those of the training split first.
+
+    Attributes:
+        train: how many belong to the training split.
+        numbers: of each among all documents.
+        found: words of the texts.
+    """
+
+    train: int
+    numbers: list[int]
+    texts: list[str]
+    found: Found | list[str]
+
+
 class SplitEncoder:
-    """Sends batches of documents to the writers of their splits.
+    """Sends batches of documents to the writers of their splits, in two steps that may run beside each other.
 
     Attributes:
         demo: sentences of held-out documents.
@@ -68,22 +84,35 @@ class SplitEncoder:
         self.wanted = curator.originals()
         self.originals: dict[int, str] = {}
         self.demo: list[str] = []
-        self.done = 0
+        self.done = self.kept = 0
 
-    def store(self, texts: list[str]) -> None:
-        """The next documents; those that the first pass dropped are passed over."""
+    def find(self, texts: list[str]) -> Batch:
+        """The next documents, looked up; those that the first pass dropped are passed over."""
         first, self.done = self.done, self.done + len(texts)
         for number in (n for n in self.wanted if first <= n < self.done):
             self.originals[number] = texts[number - first]
-        kept = [i for i, verdict in enumerate(self.curator.verdicts[first : self.done]) if verdict == KEPT]
-        held = {i for i in kept if self.survey.is_heldout(texts[i])}
-        for name, heldout in (("train", False), ("heldout", True)):
-            numbers = [i for i in kept if (i in held) == heldout]
-            if numbers:
-                self._store_split(name, [first + i for i in numbers], [texts[i] for i in numbers])
+        sides: tuple[list[int], list[int]] = [], []
+        for i, verdict in enumerate(self.curator.verdicts[first : self.done]):
+            if verdict == KEPT:
+                sides[self.survey.is_heldout(self.kept, texts[i])].append(i)
+                self.kept += 1
+        order = [*sides[0], *sides[1]]
+        texts = [texts[i] for i in order]
+        return Batch(len(sides[0]), [first + i for i in order], texts, self.words.find(texts))
 
-    def _store_split(self, name: str, numbers: list[int], texts: list[str]) -> None:
-        ids, lengths = self.words.encode(texts)
+    def store(self, batch: Batch) -> None:
+        """Write the ids of a batch; batches come in the order of find()."""
+        ids, lengths = self.words.ids_of(batch.found)
+        documents, tokens = batch.train, lengths[: batch.train].sum()
+        for name, part, own in (
+            ("train", slice(documents), ids[:tokens]),
+            ("heldout", slice(documents, None), ids[tokens:]),
+        ):
+            self._store_split(name, batch.numbers[part], batch.texts[part], own, lengths[part])
+
+    def _store_split(
+        self, name: str, numbers: list[int], texts: list[str], ids: np.ndarray, lengths: np.ndarray
+    ) -> None:
         if self.most > 0:
             stays = self._compressible(numbers, texts, lengths)
             ids, lengths = ids[np.repeat(stays, lengths)], lengths[stays]
@@ -116,13 +145,9 @@ def encode(
     dtype = np.dtype(np.uint16 if size <= 65536 else np.uint32)
     writers = {name: SplitWriter(folder, name, dtype, size) for name in SPLITS}
     encoder, total = SplitEncoder(tokenizer, survey, curator, writers), len(curator.verdicts)
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:  # one batch is encoded while the next is read
-        stored = beside.submit(encoder.store, [])
-        for texts in batches(corpus):
-            stored.result()
-            report("writing ids", encoder.done, total)
-            stored = beside.submit(encoder.store, texts)
-        stored.result()
+    for batch in ahead(map(encoder.find, ahead(batches(corpus)))):  # one is read, one looked up, one written
+        encoder.store(batch)
+        report("writing ids", min(encoder.done, total), total)
     if encoder.done != total:
         raise UserError(f"{corpus}: {encoder.done:,} documents where there were {total:,} a moment ago — run it again")
     report("writing ids", total, total)
@@ -138,14 +163,17 @@ def sentences(text: str) -> list[str]:
 
 def words_in(texts: list[str]) -> int:
     """Stretches between white space."""
-    return int(_words(np.frombuffer("\n".join(texts).encode("utf-8", "replace"), np.uint8)))
+    return int(_words(np.frombuffer("\n".join(["", *texts]).encode("utf-8", "replace"), np.uint8)))
+
+
+@numba.njit(inline="always")
+def _is_space(byte):
+    return np.uint8(byte == 32) | np.uint8(np.uint8(byte - np.uint8(9)) < 5)
 
 
 @numba.njit(cache=True, nogil=True)
 def _words(text):
-    count, before = 0, True
-    for byte in text:
-        space = byte == 32 or 9 <= byte <= 13
-        count += before and not space
-        before = space
+    count = 0
+    for i in range(1, len(text)):  # no step depends on the one before it, so that a compiler makes vectors of them
+        count += _is_space(text[i - 1]) & (1 - _is_space(text[i]))
     return count

@@ -43,6 +43,7 @@ class Survey:
     def __init__(self, corpus: Corpus, curator: Curator, seed: int, heldout_fraction: float, report: Report):
         self.seed = seed
         self.sample: list[tuple[float, str]] = []
+        self.sides = bytearray()  # of each document kept: fraction(), cut to a byte
         self.documents = self.characters = 0
         self.least_side, self.greatest_side = 1.0, 0.0
         self.sample_characters, self.sample_below = 0, 1.0
@@ -50,6 +51,7 @@ class Survey:
             self.documents += 1
             self.characters += len(text)
             side = fraction(text, seed, b"heldout")
+            self.sides.append(int(256 * side))
             self.least_side, self.greatest_side = min(self.least_side, side), max(self.greatest_side, side)
             self._draw(text)
             if self.documents % 5000 == 0:
@@ -68,9 +70,14 @@ class Survey:
         self.heldout_below = min(max(wanted, float(np.nextafter(self.least_side, 1.0))), self.greatest_side)
         report("reading text", len(curator.verdicts), len(curator.verdicts))
 
-    def is_heldout(self, text: str) -> bool:
-        """Which side of the split a document is on."""
-        return fraction(text, self.seed, b"heldout") < self.heldout_below
+    def is_heldout(self, index: int, text: str) -> bool:
+        """Which side of the split a document is on.
+
+        Args:
+            index: of the document among those kept; its text is hashed again only where a byte does not decide.
+        """
+        side, border = self.sides[index], int(256 * self.heldout_below)
+        return side < border or (side == border and fraction(text, self.seed, b"heldout") < self.heldout_below)
 
     def _draw(self, text: str) -> None:
         """Perhaps add pieces of the document to the sample; halve the sample when it has grown to twice its size."""

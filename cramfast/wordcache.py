@@ -9,13 +9,14 @@ same few thousand words over and over.
 
 import itertools
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numba
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast.tokenizer import LONGEST_BYTES, LONGEST_WORD, PIECE, SEP, byte_level, wordpiece
+from cramfast.tokenizer import LONGEST_BYTES, LONGEST_WORD, PIECE, SEP, ascii_of, byte_level, wordpiece
+from cramfast.wordpieces import KINDS, LETTER, OTHER, SIGN, SPACE, Pieces
 
 SLOTS = 1 << 23  # of the hash table; 32 MB, touched only where used
 MOST_WORDS = 3 << 20  # known at once; then the table starts afresh, which bounds memory (about 200 MB) and its load
@@ -23,8 +24,30 @@ WORDS_AT_ONCE = 1000
 MOST_BYTES = 64 << 20  # spelling of the known words
 
 
+@dataclass(frozen=True)
+class Found:
+    """Documents as numbers of words.
+
+    Attributes:
+        words: (words of all documents,) int32, from 1 on.
+        counts: (documents,) int64, words of each.
+        known: number of the last word that was known before; the new ones follow it.
+        spelling: (bytes,) uint8, UTF-8 of the new words end to end.
+        ends: (new words,) int64, where each ends therein.
+    """
+
+    words: np.ndarray
+    counts: np.ndarray
+    known: int
+    spelling: np.ndarray
+    ends: np.ndarray
+
+
 class WordCache:
     """Encodes documents like `tokenizer.encode_batch_fast(texts, add_special_tokens=False)`, several times faster.
+
+    encode() is find() and then ids_of(); one thread may find words while another asks for the ids of those found
+    before.
 
     A tokenizer whose parts are not the ones of cramfast.tokenizer is called for each document instead: it may look
     across words. The literal text "[MASK]" in a document is text, never a special token.
@@ -38,28 +61,29 @@ class WordCache:
         self.longest, self.joins_space = (LONGEST_BYTES, True) if byte_wise else (LONGEST_WORD, False)
         if self.splits_at_words:
             self.of_words = _of_words(tokenizer)
-            self.of_lowered = None
-            if tokenizer.normalizer is not None:
-                self.of_lowered = _of_words(tokenizer)
-                self.of_lowered.normalizer = None
+            self.pieces = Pieces.of(tokenizer)
+        self.ids = np.empty(1 << 20, np.int32)
+        self.id_ends = np.zeros(1 << 16, np.int64)  # ids of word w are ids[id_ends[w - 1] : id_ends[w]]
         self._forget()
 
     def _forget(self) -> None:
         self.slots = np.zeros(SLOTS, np.int32)
         self.spelling = np.empty(1 << 20, np.uint8)
         self.word_ends = np.zeros(1 << 16, np.int64)  # word w (from 1 on) is spelling[word_ends[w - 1] : word_ends[w]]
-        self.ids = np.empty(1 << 20, np.int32)
-        self.id_ends = np.zeros(1 << 16, np.int64)  # its ids are ids[id_ends[w - 1] : id_ends[w]]
         self.words = 0
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all documents end to end, int32, and the number of them in each, int64.
 
         Args:
             texts: some megabytes at a time; working memory is about 20 bytes a character.
         """
+        return self.ids_of(self.find(texts))
+
+    def find(self, texts: list[str]) -> Found | list[str]:
+        """The words of the documents; the texts themselves where only whole documents can be encoded."""
         if not self.splits_at_words:
-            return self._encode_whole(texts)
+            return texts
         data = [text.encode("utf-8", "replace") for text in texts]  # lone surrogates cannot be encoded: "?"
         sizes = np.array([len(d) for d in data], np.int64)
         text = np.frombuffer(b"".join(data), np.uint8)
@@ -69,56 +93,72 @@ class WordCache:
         # At worst every second byte begins a word; room is reserved untouched, then used as far as needed.
         self.word_ends = _grown(self.word_ends, known + 2 + len(text))
         self.spelling = _grown(self.spelling, self.word_ends[known] + len(text))
-        found = np.empty(len(text), np.int32)
+        words = np.empty(len(text), np.int32)
         counts = np.empty(len(sizes), np.int64)
         self.words = look_up(
-            text, sizes, self.longest, self.joins_space, self.slots, self.spelling, self.word_ends, known, found, counts
+            text, sizes, self.longest, self.joins_space, self.slots, self.spelling, self.word_ends, known, words, counts
         )
         if self.words < 0:  # more distinct words than the table holds in one call
             self._forget()
-            return self._encode_whole(texts)
-        self._learn(known)
-        words = found[: counts.sum()]
+            return texts
+        begin, ends = self.word_ends[known], self.word_ends[known + 1 : self.words + 1]
+        spelling = self.spelling[begin : self.word_ends[self.words]].copy()
+        return Found(words[: counts.sum()].copy(), counts, known, spelling, ends - begin)
+
+    def ids_of(self, found: Found | list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """What encode() returns, from what find() did; to be called once for each, in that order."""
+        if not isinstance(found, Found):
+            return self._encode_whole(found)
+        self._learn(found)
+        words = found.words
         ids = np.empty(int((self.id_ends[words] - self.id_ends[words - 1]).sum()), np.int32)
-        lengths = np.empty(len(sizes), np.int64)
-        write_ids(words, counts, self.ids, self.id_ends, ids, lengths)
+        lengths = np.empty(len(found.counts), np.int64)
+        write_ids(words, found.counts, self.ids, self.id_ends, ids, lengths)
         return ids, lengths
 
-    def _encode_whole(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_whole(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         rows = [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         return np.array([i for row in rows for i in row], np.int32), np.array([len(r) for r in rows], np.int64)
 
-    def _learn(self, known: int) -> None:
-        """Ask the tokenizer for the words after the first `known`."""
-        if self.words == known:
+    def _learn(self, found: Found) -> None:
+        """Note the ids of the new words; those after `known` that an earlier table held are forgotten."""
+        if len(found.ends) == 0:
             return
-        ends = self.word_ends[known : self.words + 1].tolist()
-        raw = self.spelling[: ends[-1]].tobytes()
-        ids, sizes = self._ask([raw[a:b].decode() for a, b in itertools.pairwise(ends)])
-        begin = self.id_ends[known]
-        self.id_ends = _grown(self.id_ends, self.words + 1)
-        self.id_ends[known + 1 : self.words + 1] = begin + np.cumsum(sizes)
-        self.ids = _grown(self.ids, self.id_ends[self.words])
-        self.ids[begin : self.id_ends[self.words]] = ids
+        ids, sizes = self._ask(found)
+        begin, words = self.id_ends[found.known], found.known + len(sizes)
+        self.id_ends = _grown(self.id_ends, words + 1)
+        self.id_ends[found.known + 1 : words + 1] = begin + np.cumsum(sizes)
+        self.ids = _grown(self.ids, self.id_ends[words])
+        self.ids[begin : self.id_ends[words]] = ids
 
-    def _ask(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of the words end to end, and the number of them in each; of several spellings that our WordPiece takes
-        for one, one is asked for."""
-        if self.of_lowered is None:
-            return _ask_each(self.of_words, words)
-        # Lower case and no border spaces is all that the normalizer and the splitter make of printable ASCII.
-        lowered = [word.lower().strip(" ") if word.isascii() and word.isprintable() else None for word in words]
-        others = [word for word, low in zip(words, lowered, strict=True) if low is None]
-        distinct = dict.fromkeys(low for low in lowered if low is not None)
-        numbers = {low: number for number, low in enumerate(distinct, 1)}
-        row_of_other = itertools.count(len(numbers) + 1)
-        rows = np.array([next(row_of_other) if low is None else numbers[low] for low in lowered])
-        answers = _ask_each(self.of_lowered, list(numbers)), _ask_each(self.of_words, others)
-        ids, sizes = map(np.concatenate, zip(*answers, strict=True))
-        ends = np.concatenate([[0], np.cumsum(sizes)])
-        of_words, lengths = np.empty(sizes[rows - 1].sum(), np.int32), np.empty(len(rows), np.int64)
-        write_ids(rows, np.ones(len(rows), np.int64), ids, ends, of_words, lengths)
-        return of_words, lengths
+    def _ask(self, found: Found) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the new words end to end, and the number of them in each: by Pieces where it can, otherwise by the
+        tokenizer."""
+        if self.pieces is None:
+            spelled, sizes = np.empty(0, np.int32), np.full(len(found.ends), -1, np.int64)
+        else:
+            spelled, sizes = self.pieces.spell(found.spelling, found.ends)
+        others = np.flatnonzero(sizes < 0)
+        begins = np.concatenate([[0], found.ends[:-1]])
+        raw = found.spelling.tobytes()
+        borders = zip(begins[others].tolist(), found.ends[others].tolist(), strict=True)
+        answers, sizes[others] = self._ask_whole([raw[a:b].decode() for a, b in borders])
+        asked = np.zeros(len(sizes), bool)
+        asked[others] = True
+        asked = np.repeat(asked, sizes)
+        ids = np.empty(len(asked), np.int32)
+        ids[asked], ids[~asked] = answers, spelled
+        return ids, sizes
+
+    def _ask_whole(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """_ask() for words as they are, of any characters."""
+        if self.pieces is not None:
+            data = [ascii_of(word).encode() for word in words]
+            ends = np.cumsum([len(word) for word in data], dtype=np.int64)
+            ids, sizes = self.pieces.spell(np.frombuffer(b"".join(data), np.uint8), ends)
+            if (sizes >= 0).all():
+                return ids, sizes
+        return _ask_each(self.of_words, words)
 
 
 def _of_words(tokenizer: Tokenizer) -> Tokenizer:
@@ -134,6 +174,8 @@ def _ask_each(tokenizer: Tokenizer, words: list[str]) -> tuple[np.ndarray, np.nd
     Many go through it as one text, with [SEP] between them, which no word of look_up() contains: an answer for every
     word would take twice as long.
     """
+    if not words:
+        return np.empty(0, np.int32), np.empty(0, np.int64)
     texts = ["[SEP]".join(words[i : i + WORDS_AT_ONCE]) for i in range(0, len(words), WORDS_AT_ONCE)]
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ids = np.fromiter(itertools.chain.from_iterable((*encoding.ids, SEP) for encoding in encodings), np.int32)
@@ -160,21 +202,6 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
     larger = np.zeros(2 * size, array.dtype)
     larger[: len(array)] = array
     return larger
-
-
-OTHER, LETTER, SIGN, SPACE, BREAK = range(5)  # other: control, or part of a character outside ASCII
-
-
-def _kind(byte: int) -> int:
-    character = chr(byte)
-    if character in " \n\r\t":
-        return SPACE if character == " " else BREAK
-    if not 33 <= byte <= 126:
-        return OTHER
-    return LETTER if character.isalnum() else SIGN
-
-
-KINDS = np.array([_kind(byte) for byte in range(256)], np.uint8)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -11,9 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from backports import zstd
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cramfast import corpus, docstrings
-from cramfast.corpus import read_documents
+from cramfast.corpus import read_documents, read_lines
 from cramfast.errors import UserError
 
 DOCUMENTS = ["First line.\nSecond line of one.", "Ein zweites: Größe, 日本語, 🙂.", "A third."]
@@ -86,6 +88,27 @@ def test_a_long_document_comes_in_pieces_and_nothing_is_lost(tmp_path, monkeypat
         pieces = read(tmp_path / name)
         assert max(map(len, pieces)) <= 200
         assert "".join("".join(pieces).split()) == text.replace(" ", "")
+
+
+LINES = st.lists(st.sampled_from(["a", "bc\n", "\n", "\r\n", "\r", "é", "x" * 10, "\u2028", " "]), max_size=40).map(
+    "".join
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(LINES, st.booleans(), st.integers(1, 12), st.integers(1, 30))
+def test_lines_are_those_of_readline(tmp_path_factory, text, mark, longest, at_once):
+    path = tmp_path_factory.getbasetemp() / "lines.txt"
+    path.write_bytes(text.encode("utf-8-sig" if mark else "utf-8"))
+    expected, number = [], 1
+    with path.open(encoding="utf-8-sig") as file:
+        while line := file.readline(longest):
+            expected.append((number, line))
+            number += line.endswith("\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "LONGEST_PIECE", longest)
+        patch.setattr(corpus, "READ_AT_ONCE", at_once)
+        assert list(read_lines(path)) == expected
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,14 @@ from tokenizers import Tokenizer
 
 from cramfast import corpus, splits, stages
 from cramfast import prepare as stage
+from cramfast.config import Curation
+from cramfast.corpus import Corpus
+from cramfast.curation import Curator
 from cramfast.errors import UserError, command
 from cramfast.prepare import prepare
 from cramfast.prepared import PreparedText, read_manifest, verify
 from cramfast.recipes import starting_config
+from cramfast.survey import Survey, fraction
 from cramfast.tokenizer import UNK
 
 CORPUS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "corpus" / "small.txt.xz"
@@ -94,6 +98,14 @@ def test_heldout_documents_are_chosen_by_their_text(tmp_path):
     assert 0.14 < held[0] / 400 < 0.26
     other = read_manifest(prepare((str(tmp_path / "a.txt"),), tmp_path / "c", **options | {"seed": 5}))
     assert 0.14 < other["splits"]["heldout"]["documents"] / 400 < 0.26
+
+
+def test_a_byte_of_the_hash_puts_every_document_on_its_side(tmp_path):
+    documents = Corpus((write_text(tmp_path / "a.txt", 3000),))
+    survey = Survey(documents, Curator(Curation()), 0, 0.3, lambda *progress: None)
+    assert survey.heldout_below == 0.3
+    sides = [survey.is_heldout(index, text) for index, text in enumerate(documents)]
+    assert sides == [fraction(text, 0, b"heldout") < 0.3 for text in documents]
 
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.9999])
