@@ -22,6 +22,7 @@ VOCAB_MULTIPLE = 64  # rows of the decoder matrix, so that its matmul tiles are 
 LONGEST_WORD = 100  # characters; at most 4 bytes each and the space before them in byte-level BPE
 LONGEST_BYTES = 4 * LONGEST_WORD + 1
 PIECE = 6
+LONG = re.compile(f"(?<![a-z0-9])[a-z0-9]{{{LONGEST_WORD + 1},}}")  # a word of normalised text that is cut
 LEARNED_FROM = 2_000_000  # characters of such words; the same pieces come again and again
 
 
@@ -124,9 +125,16 @@ def _train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     learner = wordpiece({})
-    learner.normalizer = None
-    learner.train_from_iterator((ascii_of(text).lower().translate(SPACES) for text in texts), trainer)
+    learner.normalizer, learner.pre_tokenizer = None, pre_tokenizers.BertPreTokenizer()
+    learner.train_from_iterator(map(_words_to_learn, texts), trainer)
     return wordpiece(learner.get_vocab())
+
+
+def _words_to_learn(text: str) -> str:
+    """The text as wordpiece() normalises it, and with spaces where that cuts long words, several times as fast."""
+    return LONG.sub(
+        lambda word: " ".join(re.findall(f".{{1,{PIECE}}}", word[0])), ascii_of(text).lower().translate(SPACES)
+    )
 
 
 def ascii_of(text: str) -> str:

@@ -247,16 +247,12 @@ def look_up(text, sizes, longest, joins_space, slots, spelling, word_ends, words
     for d in range(len(sizes)):
         end = place + sizes[d]
         before = total
-        stop = place  # of the long run that is being cut
+        first = stop = place  # of the long run that is being cut
         while place < end:
-            start = place
-            most = end
-            if place >= stop:
-                first, stop = _long_run(text, place, end, longest, joins_space)
-                if first > place:  # the break before it, alone
-                    most = first
-                    stop = min(stop, first)
-            if place < stop:
+            start, most = place, end
+            if place < first:  # the break before it, alone
+                most = first
+            elif place < stop:
                 most = min(place + PIECE, stop)
             hashed = np.uint64(0xCBF29CE484222325)  # FNV-1a
             kind = OTHER
@@ -272,6 +268,11 @@ def look_up(text, sizes, longest, joins_space, slots, spelling, word_ends, words
                 kind = following
                 place += 1
             size = place - start
+            if size > longest:
+                first, stop = _long_run(text, start, end, longest, joins_space)
+                if stop > start:
+                    place = start
+                    continue
             slot = (hashed ^ (hashed >> np.uint64(32))) & mask
             while True:
                 word = slots[slot]
