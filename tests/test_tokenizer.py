@@ -18,6 +18,7 @@ from cramfast.tokenizer import (
     SPACES,
     SPECIAL_TOKENS,
     UNK,
+    _words_to_learn,
     ascii_of,
     load_tokenizer,
     lost_share,
@@ -124,6 +125,14 @@ def test_word_cache_gives_the_ids_of_the_tokenizer(tokenizer_pair, texts):
 @given(st.one_of(PHRASES, AWKWARD, st.text(max_size=30)))
 def test_training_sees_what_the_normalizer_makes(text):
     assert ascii_of(text).lower().translate(SPACES) == wordpiece({}).normalizer.normalize_str(text)
+
+
+@pytest.mark.parametrize("text", ["a" * 100, "b" * 101, f"é{'Xy3' * 70}-{'z' * 250}. {'q' * 103} end", "'" * 120])
+def test_training_sees_the_words_of_the_tokenizer(text):
+    full = wordpiece({})
+    expected = full.pre_tokenizer.pre_tokenize_str(full.normalizer.normalize_str(text))
+    learned = pre_tokenizers.BertPreTokenizer().pre_tokenize_str(_words_to_learn(text))
+    assert [word for word, _ in learned] == [word for word, _ in expected]
 
 
 @pytest.fixture(scope="module")
