@@ -108,7 +108,7 @@ class Plan:
     device: str
     dtype: str
     threads: int
-    jobs: int
+    jobs: int = 1
 
 
 @dataclass(frozen=True)

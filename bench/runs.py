@@ -5,6 +5,7 @@ drawn from that file alone, so that without run folders they come out again as t
 """
 
 import io
+import itertools
 import json
 import math
 import statistics
@@ -159,7 +160,7 @@ def picture(runs: list[dict]) -> str:
         figure = Figure(figsize=(10, 4), layout="constrained")
         near, far = figure.subplots(1, 2)
         for axes, title in ((near, "held-out loss, nats per masked token"), (far, "beside the paper's losses")):
-            for run, colour in zip(runs, COLOURS, strict=False):
+            for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
                 points = [
                     (x, y) for x, y in zip(*(run["curve"][k] for k in ("flops", "heldout_loss")), strict=True) if x
                 ]
@@ -267,7 +268,10 @@ def main() -> None:
     if options.runs:
         runs = [gather(folder) for folder in options.runs]
         check_text(runs)
-        commands = options.commands.read_text(encoding="utf-8").splitlines() if options.commands else []
+        try:
+            commands = options.commands.read_text(encoding="utf-8").splitlines() if options.commands else []
+        except OSError as error:
+            raise UserError(f"--commands {options.commands}: cannot be read ({error.strerror})") from None
         atomic.write_text(stored, json.dumps({"commands": commands, "runs": runs}, indent=1, allow_nan=False) + "\n")
     results = read_json(stored)
     if not results.get("runs"):

@@ -140,7 +140,6 @@ class Feed:
         self.position = self.ahead.position
         return batch
 
-    @Range("data")
     def given(self, batch: Batch) -> tuple[Batch, float]:
         """A batch on its way to the device, and its FLOPs."""
         flops = batch_flops(self.model, batch, self.objective)

@@ -34,6 +34,9 @@ LOST_WARNED, LOST_REFUSED = 0.02, 0.5
 LOST_PIECES, LOST_CHARACTERS = 1000, 500  # of the sample's beginning, a uniform draw; half a second
 
 
+FORMAT = 2  # of a prepared folder; one made before long words were cut into pieces is made anew
+
+
 @dataclass(frozen=True)
 class Options:
     """Turn text into a prepared folder that runs can share."""
@@ -159,7 +162,7 @@ def default_corpus(report: Report) -> Path:
 
 def _key(options: Options) -> str:
     """Names a preparation: its options and the size and time of every file it reads."""
-    state: list[object] = [{k: v for k, v in asdict(options).items() if k not in ("out", "verify")}]
+    state: list[object] = [FORMAT, {k: v for k, v in asdict(options).items() if k not in ("out", "verify")}]
     files = find_files(tuple(s for s in options.data if not s.startswith("hf:")))
     if options.tokenizer not in ("wordpiece", "bpe"):
         files.append(Path(options.tokenizer))

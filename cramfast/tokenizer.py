@@ -23,6 +23,8 @@ LONGEST_WORD = 100  # characters; at most 4 bytes each and the space before them
 LONGEST_BYTES = 4 * LONGEST_WORD + 1
 PIECE = 6
 LONG = re.compile(f"(?<![a-z0-9])[a-z0-9]{{{LONGEST_WORD + 1},}}")  # a word of normalised text that is cut
+LONG_OF_WORDPIECE = re.compile(f"[A-Za-z0-9]{{{LONGEST_WORD + 1},}}")  # words that the pre-tokenizers cut, in ASCII
+LONG_OF_BPE = re.compile(f"[A-Za-z]{{{LONGEST_BYTES + 1},}}|[0-9]{{{LONGEST_BYTES + 1},}}")
 LEARNED_FROM = 2_000_000  # characters of such words; the same pieces come again and again
 
 
@@ -38,18 +40,17 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Tokeniz
         UserError: another kind, or a vocabulary too small for the alphabet.
     """
     check_vocab_size(vocab_size)
-    texts = _without_excess(texts)
     if kind == "wordpiece":
-        tokenizer = _train_wordpiece(texts, vocab_size)
+        tokenizer = _train_wordpiece(_without_excess(texts, LONG_OF_WORDPIECE), vocab_size)
     elif kind == "bpe":
-        tokenizer = _train_bpe(texts, vocab_size)
+        tokenizer = _train_bpe(_without_excess(texts, LONG_OF_BPE), vocab_size)
     else:
         raise UserError(f"tokenizer={kind!r} is neither wordpiece, bpe, nor a file — check the path")
     return _finish(tokenizer)
 
 
-def _without_excess(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, but of words that will be cut into pieces only the first LEARNED_FROM characters."""
+def _without_excess(texts: Iterable[str], words: re.Pattern) -> Iterator[str]:
+    """The texts, but of these words, which will be cut into pieces, only the first LEARNED_FROM characters."""
     left = LEARNED_FROM
 
     def spend(match: re.Match) -> str:
@@ -59,7 +60,7 @@ def _without_excess(texts: Iterable[str]) -> Iterator[str]:
         return word
 
     for text in texts:
-        yield re.sub(rf"\S{{{LONGEST_BYTES},}}", spend, text)
+        yield words.sub(spend, text)
 
 
 def check_vocab_size(vocab_size: int) -> None:

@@ -75,7 +75,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
             more = {"heldout_detection_loss": detection_loss(model, heldout, team)} if rtd else {}
             predictor = model.generator if rtd else model
             loss, accuracy = evaluate(predictor, heldout, team)
-            more |= team.first(lambda: probe(predictor))
+            more |= team.first(lambda: {} if interrupt.requested else probe(predictor))
         return log.evaluation(progress, loss, accuracy, **more)
 
     evaluated = saved = progress.seconds
@@ -89,6 +89,8 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
         if progress.step == 0:
             display.evaluation = look()
         while (fraction := budget.fraction(ahead := ledger.ahead(progress))) < 1:
+            if interrupt.requested and team.alone:
+                break  # several processes stop together, in accumulate()
             profile.before(ahead.step + 1)
             ledger.begin()
             lr = config.lr * lr_shape(fraction)

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast.tokenizer import UNK
+from cramfast.tokenizer import LONGEST_WORD, UNK
 
 OTHER, LETTER, SIGN, SPACE, BREAK = range(5)  # other: control, or part of a character outside ASCII
 
@@ -63,7 +63,7 @@ class Pieces:
         ours = {"type": "WordPiece", "continuing_subword_prefix": "##", "unk_token": "[UNK]"}
         if any(model.get(key) != value for key, value in ours.items()) or model["vocab"].get("[UNK]") != UNK:
             return None
-        return Pieces(model["vocab"], model["max_input_chars_per_word"])
+        return Pieces(model["vocab"], min(model["max_input_chars_per_word"], LONGEST_WORD))
 
     def spell(self, spelling: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the words end to end, int32, and the number of them in each, int64.

@@ -15,7 +15,7 @@ from fake_loader import run as train_alone
 
 from cramfast import checkpoint
 from cramfast.commandline import parse
-from cramfast.distributed import Team
+from cramfast.distributed import Processes, Team
 from cramfast.errors import UserError
 from cramfast.flat import FlatParameters
 from cramfast.microbatch import Microbatch
@@ -265,3 +265,27 @@ def test_restarts_need_a_named_folder(monkeypatch, tmp_path):
         parse(["--device", "cpu"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not parse(["--device", "cpu", "--run-dir", "run"]).resuming
+
+
+class LateWork:
+    """An exchange that is done in the moment in which a second of waiting has ended."""
+
+    def __init__(self, failure: RuntimeError | None = None):
+        self.done, self.failure = False, failure
+
+    def is_completed(self) -> bool:
+        return self.done
+
+    def wait(self, timeout=None) -> None:
+        if timeout is not None:
+            self.done = True
+            raise RuntimeError("Operation timed out!")
+        if self.failure:
+            raise self.failure
+
+
+def test_an_exchange_that_is_done_as_the_wait_ends_counts_as_done():
+    processes = object.__new__(Processes)
+    processes.wait(LateWork())
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        processes.wait(LateWork(RuntimeError("Connection closed by peer")))

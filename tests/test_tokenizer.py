@@ -14,10 +14,13 @@ from tokenizers import Tokenizer, pre_tokenizers
 from cramfast.errors import UserError
 from cramfast.tokenizer import (
     FIRST_WORD,
+    LONG_OF_BPE,
+    LONG_OF_WORDPIECE,
     PIECE,
     SPACES,
     SPECIAL_TOKENS,
     UNK,
+    _without_excess,
     _words_to_learn,
     ascii_of,
     load_tokenizer,
@@ -224,3 +227,11 @@ def test_stock_transformers_cuts_long_words_alike(tmp_path, genome_pair):
         tokenizer.save(str(tmp_path / kind / "tokenizer.json"))
         (tmp_path / kind / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
         assert AutoTokenizer.from_pretrained(tmp_path / kind)(text)["input_ids"] == tokenizer.encode(text).ids
+
+
+def test_only_words_that_are_cut_are_learnt_from_in_part():
+    chinese = "大家好，" * 300_000
+    for kind, words in (("wordpiece", LONG_OF_WORDPIECE), ("bpe", LONG_OF_BPE)):
+        assert list(_without_excess([chinese, "a" * 100], words)) == [chinese, "a" * 100], kind
+        cut = list(_without_excess(["acgt" * 400_000, "acgt" * 400_000 + " end"], words))
+        assert [len(text) for text in cut] == [1_600_000, 400_004], kind

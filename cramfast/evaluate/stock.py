@@ -18,6 +18,7 @@ from cramfast.evaluate.masked import Hidden, MaskedModel
 from cramfast.hfcheck import quiet_transformers
 
 BATCH_TOKENS = 2048  # of one forward pass, padding included; the logits of all of them are held at once
+REFUSALS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError)
 SPECIAL = ("cls", "sep", "mask", "pad")
 
 
@@ -95,6 +96,7 @@ def load_stock(folder: Path) -> StockModel:
         UserError: a missing or damaged file, an architecture that transformers does not have, weights missing, among
             them those of the prediction head; a tokenizer without the special tokens.
     """
+    from huggingface_hub.errors import StrictDataclassError  # a config of impossible values
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     local = {"local_files_only": True, "trust_remote_code": False}
@@ -104,7 +106,7 @@ def load_stock(folder: Path) -> StockModel:
             module, report = AutoModelForMaskedLM.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*REFUSALS, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{folder}: transformers cannot load it ({reason}) — it takes safetensors and no code"
@@ -126,4 +128,6 @@ def longest_sequence(module: nn.Module) -> int:
     for name, table in module.named_modules():
         if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
             return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-    return module.config.max_position_embeddings
+    if longest := getattr(module.config, "max_position_embeddings", None):
+        return longest
+    raise UserError(f"{module.config.model_type}: config.json does not say how long a sequence may be")
