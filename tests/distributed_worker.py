@@ -129,7 +129,7 @@ def child(folder: Path, name: str, work: Callable[[Path, Team], None], environme
         status = 0
     except SystemExit as ended:
         status = ended.code
-    except BaseException:
+    except BaseException:  # said, whatever it is: a fork must not go on in the code of its parent
         traceback.print_exc()
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)

@@ -99,7 +99,7 @@ def test_training_gives_the_same_bytes_whatever_the_hash_seed(kind, tmp_path):
     assert len(hashes) == 1
 
 
-def same_ids(tokenizer, texts):
+def assert_same_ids(tokenizer, texts):
     tokenizer.encode_special_tokens = True
     plain = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     cache = WordCache(tokenizer)
@@ -121,7 +121,7 @@ AWKWARD = st.text(alphabet=st.sampled_from("ab1Z'.,-_ \t\n\r\x00\x0b\x85\xa0é́
 @given(st.lists(st.one_of(PHRASES, AWKWARD, st.text(max_size=30)), max_size=4))
 def test_word_cache_gives_the_ids_of_the_tokenizer(tokenizer_pair, texts):
     for tokenizer in tokenizer_pair:
-        same_ids(tokenizer, texts)
+        assert_same_ids(tokenizer, texts)
 
 
 @settings(max_examples=400, deadline=None)
@@ -144,7 +144,7 @@ def tokenizer_pair():
 
 
 def test_word_cache_on_contractions_numbers_and_special_words(tokenizer):
-    same_ids(
+    assert_same_ids(
         tokenizer, ["", "can't 'tis it's'll 3.14 (a) a_b [MASK] [unused0] don't'", "x" * 300, "a  b   c \n d", " "]
     )
     assert not set(WordCache(tokenizer).encode(["a [MASK] b [CLS]"])[0].tolist()) & {0, 2, 3, 4}
@@ -193,7 +193,7 @@ LONG = st.tuples(
 @given(st.lists(st.lists(LONG, max_size=4).map("".join), max_size=3))
 def test_word_cache_cuts_long_words_as_the_tokenizer_does(genome_pair, texts):
     for tokenizer in genome_pair:
-        same_ids(tokenizer, texts)
+        assert_same_ids(tokenizer, texts)
 
 
 @pytest.fixture(scope="module")

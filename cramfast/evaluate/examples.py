@@ -1,14 +1,16 @@
 """Labelled texts from GLUE's tab-separated files, own files or the `datasets` package; nothing odd gets through."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cramfast.corpus import COMPRESSIONS, read_lines
 from cramfast.errors import UserError
 from cramfast.evaluate.tasks import Split, Task
 
+Row = TypeVar("Row")
 HUB = "hf:"  # before the name of a dataset, where a folder could stand
 
 
@@ -102,19 +104,36 @@ def read_tsv(path: Path, rows: Iterator[tuple[int, list[str]]], columns: Columns
     Raises:
         UserError: a row with missing cells, without text or with an unknown label, named by file and line; no rows.
     """
+    placed = ((f"{path}:{number}", cells) for number, cells in rows)
+    return _collected(str(path), placed, lambda cells: _example(cells, columns), skip_malformed)
+
+
+def _collected(
+    source: str, rows: Iterable[tuple[str, Row]], read: Callable[[Row], tuple[tuple[str, ...], float]],
+    skip_malformed: bool,
+) -> Examples:  # fmt: skip
+    """The examples in (place, row) pairs.
+
+    Args:
+        source: file or dataset, for messages.
+        read: (texts, label) of a row; a ValueError says why it is none.
+
+    Raises:
+        UserError: a row that is none, named by its place, unless those are skipped; no examples.
+    """
     texts, labels, left_out = [], [], 0
-    for number, cells in rows:
+    for place, row in rows:
         try:
-            text, label = _example(cells, columns)
+            text, label = read(row)
         except ValueError as error:
             if not skip_malformed:
-                raise UserError(f"{path}:{number}: {error} — mend the row, or use --skip-malformed") from None
+                raise UserError(f"{place}: {error} — mend the row, or use --skip-malformed") from None
             left_out += 1
             continue
         texts.append(text)
         labels.append(label)
     if not texts:
-        raise UserError(f"{path}: holds no examples — fetch the file again")
+        raise UserError(f"{source}: holds no examples — fetch it again")
     return Examples(texts, labels, left_out)
 
 
@@ -203,29 +222,18 @@ def from_datasets(name: str, task: Task, split: str, skip_malformed: bool = Fals
     names = getattr(rows.features["label"], "names", None)  # of a ClassLabel; the numbers mean nothing else
     if task.classes and names is not None and tuple(names) != (task.hf_classes or task.classes):
         raise UserError(f"{where}: labels {', '.join(names)}, not {', '.join(task.hf_classes or task.classes)}")
-    texts, labels, left_out = [], [], 0
-    for number, row in enumerate(rows):
-        text, label = tuple(row[column] for column in task.hf_texts), row["label"]
-        try:
-            labels.append(_hub_label(text, label, task))
-        except ValueError as error:
-            if not skip_malformed:
-                raise UserError(f"{where}, row {number}: {error} — use --skip-malformed to leave it out") from None
-            left_out += 1
-            continue
-        texts.append(text)
-    if not texts:
-        raise UserError(f"{where}: holds no examples — fetch it again")
-    return Examples(texts, labels, left_out)
+    placed = ((f"{where}, row {number}", row) for number, row in enumerate(rows))
+    return _collected(where, placed, lambda row: _hub_example(row, task), skip_malformed)
 
 
-def _hub_label(text: tuple[str | None, ...], label: float | None, task: Task) -> float:
+def _hub_example(row: dict, task: Task) -> tuple[tuple[str, ...], float]:
+    text, label = tuple(row[column] for column in task.hf_texts), row["label"]
     if not all(isinstance(part, str) for part in text) or not any(part.strip() for part in text):
         raise ValueError("no text")
     lowest, highest = (0, len(task.classes) - 1) if task.classes else (task.lowest, task.highest)
     if label is None or not lowest <= label <= highest:  # also true of NaN, and of the -1 of test sets
         raise ValueError(f"label {label} is outside {lowest:g} to {highest:g}")
-    return float(label)
+    return text, float(label)
 
 
 def is_official(task: Task, train: Examples, dev: list[Examples]) -> bool:
