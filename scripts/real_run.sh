@@ -12,14 +12,15 @@ the same command again. OUT then holds results.json, results.md and its picture;
   GLUE      folder of GLUE; default: glue, next to the folder of CORPUS  TASKS     default "cola rte mrpc sts-b sst-2"
   BLIMP     file of BLiMP; default: blimp/blimp.jsonl.xz beside it    PAIRS     of each paradigm; default 0, all
   CURATION  flags; default "--curation.duplicates near --curation.max-tokens-per-char 0.3"
-  JOBS      runs that are scored at the same time, one thread each if above 1; default 2
+  JOBS      runs at the same time, one thread each if above 1; default 2 on a CPU, for the same weather, 1 on a GPU
   SETTINGS  further flags of cramfast.train'
 
 if (($# != 2)) || [[ $1 == -* ]]; then echo "$USAGE"; [[ ${1:-} == --help ]]; exit; fi
 CORPUS=$(realpath "$1")
 mkdir -p "$2/done" && OUT=$(realpath "$2")
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-45m} PRESET=${PRESET:-mini} SEED=${SEED:-0} SEEDS=${SEEDS:-3} JOBS=${JOBS:-2}
+PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-45m} PRESET=${PRESET:-mini} SEED=${SEED:-0} SEEDS=${SEEDS:-3}
+JOBS=${JOBS:-$("$PYTHON" -c 'import torch; print(1 if torch.cuda.is_available() else 2)')}
 RECIPES=${RECIPES:-crammed cramfast} TASKS=${TASKS:-cola rte mrpc sts-b sst-2} PAIRS=${PAIRS:-0}
 [[ -d $CORPUS ]] && BESIDE=$CORPUS/.. || BESIDE=$(dirname "$CORPUS")/..
 GLUE=$(realpath "${GLUE:-$BESIDE/glue}") BLIMP=$(realpath "${BLIMP:-$BESIDE/blimp/blimp.jsonl.xz}")
@@ -39,9 +40,13 @@ once() {
   echo "${words/#"$PYTHON"/python}" >"$OUT/done/$name"
 }
 
-score() {
+# Train by a recipe and score: with several jobs one thread each, which small models and batches keep busier than two.
+run() {
   local run=$OUT/$1 threads=0
-  ((JOBS > 1)) && threads=1 # two processes of one thread: batches of 16 sentences keep no second thread busy
+  ((JOBS > 1)) && threads=1
+  # shellcheck disable=SC2086 # flags are words
+  once "$1-train" "$PYTHON" -m cramfast.train --data "$OUT/text" --preset "$PRESET" --recipe "$1" --seed "$SEED" \
+    --budget "$BUDGET" --run-dir "$run" --resume auto --threads $threads $CURATION $SETTINGS
   once "$1-blimp" "$PYTHON" -m cramfast.evaluate blimp "$run" --data "$BLIMP" --limit-per-paradigm "$PAIRS" --threads $threads
   for task in $TASKS; do
     once "$1-$task" "$PYTHON" -m cramfast.evaluate glue "$run" --data "$GLUE" --tasks "$task" --seeds "$SEEDS" --threads $threads
@@ -50,14 +55,9 @@ score() {
 
 # shellcheck disable=SC2086 # flags are words
 once prepare "$PYTHON" -m cramfast.prepare --data "${TEXTS[@]}" --out "$OUT/text" --vocab-size "$VOCAB" $CURATION
-for recipe in $RECIPES; do
-  # shellcheck disable=SC2086
-  once "$recipe-train" "$PYTHON" -m cramfast.train --data "$OUT/text" --preset "$PRESET" --recipe "$recipe" --seed "$SEED" \
-    --budget "$BUDGET" --run-dir "$OUT/$recipe" --resume auto $CURATION $SETTINGS
-done
 jobs=()
 for recipe in $RECIPES; do
-  score "$recipe" &
+  run "$recipe" &
   jobs+=($!)
   if ((${#jobs[@]} >= JOBS)); then wait "${jobs[0]}" && jobs=("${jobs[@]:1}"); fi
 done
