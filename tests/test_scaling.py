@@ -27,7 +27,7 @@ def test_shapes_of_a_size_have_equal_parameters(name, tmp_path):
         counts = [plans.parameters(run.config.model)[0] for run in runs if run.size == size]
         assert max(counts) / min(counts) < 1.03
     assert len({run.name for run in runs}) == len(runs)
-    assert all(run.config.lr == plans.learning_rate(run.config.model.width) for run in runs)
+    assert all(run.config.lr == plans.learning_rate(run.config.model.width, plan.lr) for run in runs)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "crammed_bert"])

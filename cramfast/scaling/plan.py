@@ -17,7 +17,7 @@ from cramfast.config import ModelConfig, TrainConfig, flatten, require
 from cramfast.errors import UserError
 from cramfast.recipes import resolve, starting_config
 
-REFERENCE_WIDTH, REFERENCE_LR = 256, 2e-3  # the preset mini
+REFERENCE_WIDTH = 256  # the preset mini
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Size:
             unless it says another; that of the others is solved for the same number of parameters.
         tokens: budgets; one run each.
         seeds: of weights, order and masks; one run each.
-        lr: 0 follows learning_rate().
+        lr: peak learning rate; 0 follows learning_rate().
     """
 
     shapes: tuple[str, ...]
@@ -42,6 +42,7 @@ class Size:
 class Plan:
     """Attributes:
     preset: what all runs start from.
+    lr: peak learning rate at width 256; learning_rate() says how it falls with the width.
     minutes: the calibrated estimate must not exceed this; else every budget is divided by the same factor. 0: no limit.
     settings: keys of TrainConfig, as "batch_tokens", that differ from the preset.
     evaluations: held-out evaluations of a run, the one before its first step left out.
@@ -50,6 +51,7 @@ class Plan:
     name: str
     sizes: tuple[Size, ...]
     preset: str = "mini"
+    lr: float = 2e-3
     minutes: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     evaluations: int = 4
@@ -85,12 +87,14 @@ def smoke(device: str) -> Plan:
 
 
 def cpu(device: str) -> Plan:
-    """Five sizes of 1 to 9 million parameters, up to 4 million tokens each: an hour on two cores.
+    """Five sizes of 1 to 9 million parameters, up to 8 million tokens each: an hour on two cores.
 
-    The batch stays at 4,096 tokens without a ramp: the shortest run still makes 120 updates, and runs of different
-    length differ in nothing but the number of updates. Vocabulary and sequences are those of mini.
+    The batch stays at 1,024 tokens without a ramp: the shortest run still makes a thousand updates, and runs of different
+    length differ in nothing but the number of updates. With 4,096, half a million tokens end at the unigram entropy and
+    a million just below it, whatever the size, and no law of size fits that (docs/log.md, 2026-11-27). Vocabulary and
+    sequences are those of mini.
     """
-    tokens = (0.5e6, 1e6, 2e6, 4e6)
+    tokens = (1e6, 2e6, 4e6, 8e6)
     return Plan(
         "cpu",
         (
@@ -98,11 +102,12 @@ def cpu(device: str) -> Plan:
             Size(("2x128",), tokens),
             Size(("4x192",), tokens),
             Size(("4x256", "2x320", "8x192", "12x160"), (1e6,), (0, 1, 2)),
-            Size(("4x256",), (0.5e6, 2e6, 4e6)),
-            Size(("6x320",), (0.5e6, 1e6, 2e6)),
+            Size(("4x256",), (2e6, 4e6, 8e6)),
+            Size(("6x320",), (1e6, 2e6)),
         ),
+        lr=1e-3,
         minutes=60,
-        settings={"microbatch_tokens": 4096, "batch_tokens": 4096, "ramp_fraction": 0.0, "heldout_tokens": 65536},
+        settings={"microbatch_tokens": 1024, "batch_tokens": 1024, "ramp_fraction": 0.0, "heldout_tokens": 65536},
     )
 
 
@@ -131,13 +136,13 @@ def gpu(device: str) -> Plan:
 PLANS: dict[str, Callable[[str], Plan]] = {make.__name__: make for make in (smoke, cpu, gpu)}
 
 
-def learning_rate(width: int) -> float:
-    """Peak learning rate: 2e-3 at width 256, falling with the root of the width.
+def learning_rate(width: int, reference: float) -> float:
+    """Peak learning rate: `reference` at width 256, falling with the root of the width.
 
-    The presets tiny to base follow the same line to within a sixth. It is a rule, not a search: a size whose best rate
-    lies elsewhere looks worse than it is.
+    The presets tiny to base follow the same line, from 2e-3, to within a sixth. It is a rule, not a search: a size whose
+    best rate lies elsewhere looks worse than it is.
     """
-    return REFERENCE_LR * math.sqrt(REFERENCE_WIDTH / width)
+    return reference * math.sqrt(REFERENCE_WIDTH / width)
 
 
 def parse_shape(text: str) -> tuple[int, int, int | None]:
@@ -193,7 +198,7 @@ def expand(plan: Plan, data: Path, device: str, threads: int = 0, dtype: str = "
         total = parameters(shaped(base.model, size.shapes[0]))[0]
         for shape in size.shapes:
             model = shaped(base.model, shape, None if shape == size.shapes[0] else total)
-            lr = size.lr or learning_rate(model.width)
+            lr = size.lr or learning_rate(model.width, plan.lr)
             for tokens in size.tokens:
                 for seed in size.seeds:
                     config = replace(base, model=model, lr=lr, seed=seed, budget=f"{round(tokens)}tokens")
