@@ -22,7 +22,8 @@ from cramfast.scaling.runner import Job, Runner
 
 @pytest.mark.parametrize("name", list(plans.PLANS))
 def test_shapes_of_a_size_have_equal_parameters(name, tmp_path):
-    runs = plans.expand(plans.read_plan(name, "cpu"), tmp_path, "cpu")
+    plan = plans.read_plan(name, "cpu")
+    runs = plans.expand(plan, tmp_path, "cpu")
     for size in {run.size for run in runs}:
         counts = [plans.parameters(run.config.model)[0] for run in runs if run.size == size]
         assert max(counts) / min(counts) < 1.03
