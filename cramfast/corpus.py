@@ -27,6 +27,7 @@ COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
 # cut here (between lines where it has lines), far above any sequence length, so that memory stays bounded.
 LONGEST_PIECE = 1 << 20
 READ_AT_ONCE = 1 << 18  # characters: a thread that reads by the line would wait for the interpreter as often
+PARQUET_BUFFER = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,8 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
     with _readable(path), _seekable(path) as opened:
         row = 0
         try:
-            file = pyarrow.parquet.ParquetFile(opened)
+            # By default Arrow fetches every row group of the file ahead of the reader, and keeps them all.
+            file = pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=PARQUET_BUFFER)
             if text_key not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise UserError(f"{path}: no column {text_key!r} (there: {names}) — name it with --text-key")

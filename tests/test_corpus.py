@@ -6,6 +6,7 @@ import json
 import lzma
 import random
 import sys
+import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
@@ -60,6 +61,23 @@ def test_parquet_and_other_columns(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match=r"a\.parquet: damaged"):
         read(tmp_path, text_key="body")
+
+
+@pytest.mark.parametrize("row_group_size", [256, 1 << 20])
+def test_parquet_is_never_held_whole(tmp_path, row_group_size):
+    chance, path = random.Random(0), tmp_path / "a.parquet"
+    rows = pyarrow.table({"text": [chance.randbytes(2000).hex() for _ in range(4000)]})
+    pyarrow.parquet.write_table(rows, path, row_group_size, compression="none", use_dictionary=False)
+    del rows
+    before, decoded = pyarrow.total_allocated_bytes(), 0
+    tracemalloc.start()  # sees what is read of the file; what Arrow decodes lies in its own pool
+    try:
+        for _ in read_documents((str(path),)):
+            decoded = max(decoded, pyarrow.total_allocated_bytes() - before)
+        fetched = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 16e6 and fetched < 8e6 and decoded < 10e6
 
 
 def test_three_readings_of_a_text_file(tmp_path):
