@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import shutil
 import tempfile
 import zlib
@@ -19,6 +20,7 @@ import pyarrow.parquet
 from backports import zstd
 
 from cramfast.errors import UserError
+from cramfast.prepared import PARTIAL, is_prepared
 
 Documents = Literal["blocks", "lines", "files"]
 FORMATS = (".txt", ".jsonl", ".parquet")
@@ -48,14 +50,22 @@ class Corpus:
 def find_files(sources: tuple[str, ...]) -> list[Path]:
     """The files that the sources name, each source's own sorted by path.
 
+    What lies in prepared folders and runs is no text to train on, held-out sentences and records of steps: they are
+    passed over, unless a source is such a file itself.
+
     Raises:
-        UserError: a source that matches nothing, or a file of an unknown kind.
+        UserError: a source that matches nothing, a file of an unknown kind, or a prepared folder or run.
     """
     found: list[Path] = []
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and file_format(p))
+            if is_prepared(path):
+                raise UserError(
+                    f"{source}: a prepared folder or a run, which cannot be read as text — name the text it was made "
+                    "from; to train, a prepared folder can be the only --data"
+                )
+            files = sorted(p for p in _files_under(path) if p.is_file() and file_format(p))
             if not files:
                 raise UserError(f"{source}: no text in this folder — cramfast reads {_supported()}")
         elif path.is_file():
@@ -63,11 +73,21 @@ def find_files(sources: tuple[str, ...]) -> list[Path]:
                 raise UserError(f"{source}: unknown kind of file — cramfast reads {_supported()}")
             files = [path]
         else:
-            files = sorted(p for p in map(Path, glob.glob(source, recursive=True)) if p.is_file() and file_format(p))
+            matches = (p for p in map(Path, glob.glob(source, recursive=True)) if not is_prepared(p.parent))
+            files = sorted(p for p in matches if p.is_file() and file_format(p))
             if not files:
                 raise UserError(f"{source}: no such file or folder, and no readable file matches it as a pattern")
         found += files
     return list(dict.fromkeys(found))
+
+
+def _files_under(root: Path) -> Iterator[Path]:
+    """Every file in a folder and the folders in it, but for those that cramfast wrote or is writing."""
+    for folder, inner, names in os.walk(root):
+        here = Path(folder)
+        unfinished = {name for name in inner if name.startswith(".") and name.endswith(PARTIAL)}
+        inner[:] = (name for name in inner if name not in unfinished and not is_prepared(here / name))
+        yield from (here / name for name in names)
 
 
 def _supported() -> str:

@@ -24,7 +24,7 @@ from cramfast.config import Curation
 from cramfast.corpus import Corpus, Documents, find_files
 from cramfast.curation import Curator, summary
 from cramfast.errors import UserError, command
-from cramfast.prepared import read_manifest, verify
+from cramfast.prepared import PARTIAL, is_prepared, read_manifest, verify
 from cramfast.splits import SplitWriter, encode
 from cramfast.survey import Report, Survey
 from cramfast.tokenizer import check_vocab_size, load_tokenizer, lost_share, train_tokenizer, word_count
@@ -115,7 +115,7 @@ def prepare(
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not empty and not this preparation — name another folder with --out, or remove it")
     with _building(folder) as partial:
-        _write(partial, options, report)
+        _write(partial, options, key, report)
     return folder
 
 
@@ -128,12 +128,6 @@ def _check_curation(folder: Path, curation: Curation) -> None:
                 f"curation.{key}={value} with {folder}, which was prepared with another — name the text itself, or "
                 "leave the value as it was prepared"
             )
-
-
-def is_prepared(folder: Path) -> bool:
-    """Whether prepare() wrote the folder, whole or damaged by now; texts may have a manifest.json of their own."""
-    names = ("train.ids", "train.offsets.npy", "tokenizer.json")
-    return (folder / "manifest.json").is_file() and any((folder / name).is_file() for name in names)
 
 
 def _holds(folder: Path, key: str) -> bool:
@@ -176,9 +170,9 @@ def _key(options: Options) -> str:
 @contextlib.contextmanager
 def _building(folder: Path) -> Iterator[Path]:
     """A folder beside the final one that takes its name at the end, or vanishes with any error."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL}")
     try:
-        for stale in folder.parent.glob(f".{folder.name}.*.partial"):
+        for stale in folder.parent.glob(f".{folder.name}.*{PARTIAL}"):
             owner = stale.suffixes[-2][1:]
             if owner == str(os.getpid()) or not (owner.isdigit() and _alive(int(owner))):  # killed before it cleaned up
                 shutil.rmtree(stale, ignore_errors=True)
@@ -212,7 +206,7 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _write(folder: Path, options: Options, report: Report) -> None:
+def _write(folder: Path, options: Options, key: str, report: Report) -> None:
     given = None if options.tokenizer in ("wordpiece", "bpe") else load_tokenizer(Path(options.tokenizer))
     corpus = Corpus(options.data, options.documents, options.text_key)
     curator = Curator(options.curation)
@@ -237,7 +231,7 @@ def _write(folder: Path, options: Options, report: Report) -> None:
             + (f"loosen --curation, which dropped {dropped:,} of {len(curator.verdicts):,}, " if dropped else "")
             + "or use --tokenizer bpe if it is not written in Latin letters"
         )
-    _write_manifest(folder, options, splits, curator, tokenizer, lost, writers["train"])
+    _write_manifest(folder, options, key, splits, curator, tokenizer, lost, writers["train"])
 
 
 def _check_lost(tokenizer: Tokenizer, survey: Survey, options: Options) -> float:
@@ -256,6 +250,7 @@ def _check_lost(tokenizer: Tokenizer, survey: Survey, options: Options) -> float
 def _write_manifest(
     folder: Path,
     options: Options,
+    key: str,
     splits: dict,
     curator: Curator,
     tokenizer: Tokenizer,
@@ -270,7 +265,7 @@ def _write_manifest(
     probability = train.histogram[train.histogram > 0] / train.tokens
     manifest = {
         "version": 1,
-        "key": _key(options),
+        "key": key,
         "tokenizer": Path(options.tokenizer).name,
         "tokenizer_sha256": files["tokenizer.json"]["sha256"],
         "vocab_size": tokenizer.get_vocab_size(),

@@ -11,6 +11,7 @@ import numpy as np
 from cramfast.errors import UserError
 
 REMEDY = "run python -m cramfast.prepare again"
+PARTIAL = ".partial"  # .NAME.partial is a folder that is being written
 MANIFEST_KEYS = ("key", "splits", "files", "vocab_size", "word_count", "ids_dtype", "unigram_entropy_nats")
 
 
@@ -40,6 +41,13 @@ class PreparedText:
             raise UserError(f"{folder / f'{split}.offsets.npy'}: damaged ({error}) — {REMEDY}") from None
         if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != tokens:
             raise UserError(f"{folder / f'{split}.offsets.npy'}: does not fit {split}.ids — {REMEDY}")
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether prepare() wrote the folder, whole or damaged by now, or a run copied from one; texts may have a
+    manifest.json of their own."""
+    names = ("train.ids", "train.offsets.npy", "tokenizer.json")
+    return (folder / "manifest.json").is_file() and any((folder / name).is_file() for name in names)
 
 
 def read_manifest(folder: Path) -> dict:

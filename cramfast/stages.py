@@ -13,7 +13,7 @@ from cramfast.curation import summary
 from cramfast.distributed import Team
 from cramfast.errors import UserError
 from cramfast.microbatch import graph_choice
-from cramfast.prepared import read_manifest
+from cramfast.prepared import is_prepared, read_manifest
 from cramfast.progress import Stages
 from cramfast.record import read_record, span
 
@@ -58,7 +58,7 @@ def print_team(config: TrainConfig, team: Team) -> None:
 
 def as_prepared(config: TrainConfig) -> TrainConfig:
     """The config with what its prepared folder says of the text, if its data are one; the record must not say else."""
-    if len(config.data) != 1 or not prepare.is_prepared(Path(config.data[0])):
+    if len(config.data) != 1 or not is_prepared(Path(config.data[0])):
         return config
     manifest = read_manifest(Path(config.data[0]))
     keys = [key for key in ("tokenizer", "heldout_fraction", "documents", "text_key") if key in manifest]

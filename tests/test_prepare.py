@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from cramfast.errors import UserError, command
 from cramfast.prepare import prepare
 from cramfast.prepared import PreparedText, read_manifest, verify
 from cramfast.recipes import starting_config
+from cramfast.runfolder import COPIED
 from cramfast.survey import Survey, fraction
 from cramfast.tokenizer import UNK
 
@@ -137,6 +139,13 @@ def test_the_cache_is_used_again_only_for_the_same_complete_text(tmp_path):
     assert prepare((str(first),), None) == first  # a prepared folder is taken as it is
 
 
+def test_the_key_is_that_of_the_text_before_it_was_read(tmp_path):
+    data = write_text(tmp_path / "a.txt")
+    folder = prepare((data,), None, **OPTIONS, progress=lambda *call: os.utime(data, (0, 0)))
+    assert read_manifest(folder)["key"] == folder.name
+    assert prepare((data,), None, **OPTIONS) != folder
+
+
 def test_a_given_tokenizer_is_used(tmp_path):
     data = write_text(tmp_path / "a.txt")
     first = prepare((data,), tmp_path / "one", **OPTIONS | {"tokenizer": "bpe"})
@@ -181,6 +190,33 @@ def test_a_folder_of_text_may_have_its_own_manifest(tmp_path):
     folder = prepare((str(tmp_path),), None, **OPTIONS)
     verify(folder)
     assert read_manifest(folder)["sources"] == [tmp_path.name]
+
+
+def test_what_cramfast_wrote_beside_the_text_is_not_taken_for_text(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    write_text(texts / "a.txt")
+    cached, out = prepare((str(texts),), None, **OPTIONS), texts / "prepared"
+    assert prepare((str(texts),), out, **OPTIONS) == out
+    assert contents(out) == contents(cached)
+    run, killed = texts / "runs" / "first", texts / ".prepared.1.partial"
+    for folder, names in ((run, COPIED), (killed, ("tokenizer.json", "heldout.txt"))):
+        folder.mkdir(parents=True)
+        for name in names:
+            shutil.copyfile(cached / name, folder / name)
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert prepare((str(texts),), None, **OPTIONS) == cached
+    assert prepare((str(texts),), out, **OPTIONS) == out
+    assert corpus.find_files((str(texts / "**" / "*.*"),)) == [texts / "a.txt"]
+    assert corpus.find_files((str(out / "heldout.txt"),)) == [out / "heldout.txt"]  # asked for by its name
+
+
+@pytest.mark.parametrize("beside", ["other", "a.txt"])
+def test_a_prepared_folder_is_refused_beside_other_text(tmp_path, beside):
+    folder = prepare((write_text(tmp_path / "a.txt"),), tmp_path / "out", **OPTIONS)
+    shutil.copytree(folder, tmp_path / "other")
+    with pytest.raises(UserError, match=r"out: a prepared folder or a run, which cannot be read as text — name the"):
+        prepare((str(tmp_path / "out"), str(tmp_path / beside)), None, **OPTIONS)
 
 
 def test_a_run_on_a_prepared_folder_records_how_that_was_prepared(tmp_path, capsys):
