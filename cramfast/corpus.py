@@ -82,12 +82,24 @@ def find_files(sources: tuple[str, ...]) -> list[Path]:
 
 
 def _files_under(root: Path) -> Iterator[Path]:
-    """Every file in a folder and the folders in it, but for those that cramfast wrote or is writing."""
-    for folder, inner, names in os.walk(root):
-        here = Path(folder)
-        unfinished = {name for name in inner if name.startswith(".") and name.endswith(PARTIAL)}
-        inner[:] = (name for name in inner if name not in unfinished and not is_prepared(here / name))
-        yield from (here / name for name in names)
+    """Every file in a folder and the folders in it, but for those that cramfast wrote or is writing.
+
+    Symbolic links to folders are followed once all else was seen, and each folder is read once: links may lead in
+    circles, or to what has a path of its own.
+    """
+    seen: set[Path] = set()
+    starts = [root]
+    for start in starts:  # grows by the links on the way
+        for folder, inner, names in os.walk(start):
+            here = Path(folder)
+            if here.resolve() in seen:
+                inner.clear()
+                continue
+            seen.add(here.resolve())
+            yield from (here / name for name in names)
+            unfinished = {name for name in inner if name.startswith(".") and name.endswith(PARTIAL)}
+            inner[:] = sorted(name for name in inner if name not in unfinished and not is_prepared(here / name))
+            starts += (here / name for name in inner if (here / name).is_symlink())
 
 
 def _supported() -> str:

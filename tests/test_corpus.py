@@ -96,6 +96,21 @@ def test_folders_and_globs_are_read_in_sorted_order_once(tmp_path):
     assert read(tmp_path / "*" / "*.txt") == ["a/9.txt", "b/2.txt"]
 
 
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path):
+    texts, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for name in ("texts/m/1.txt", "elsewhere/2.txt", "elsewhere/inner/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for link, target in (("a", texts / "m"), ("b", elsewhere), ("c", elsewhere / "inner"), ("m/circle", texts)):
+        (texts / link).symlink_to(target)
+    (elsewhere / "back").symlink_to(elsewhere)
+    (texts / "gone").symlink_to(tmp_path / "nowhere")
+    found = [str(path.relative_to(texts)) for path in corpus.find_files((str(texts),))]
+    assert found == ["b/2.txt", "b/inner/3.txt", "m/1.txt"]
+    (tmp_path / "link").symlink_to(texts)
+    assert len(read(tmp_path / "link")) == 3
+
+
 def test_a_long_document_comes_in_pieces_and_nothing_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "LONGEST_PIECE", 100)
     text = " ".join(f"word{i}" for i in range(200))
