@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import site
 import subprocess
 import sys
 import sysconfig
@@ -36,20 +37,28 @@ def source_files() -> list[Path]:
     The order is that of a hash of the path inside its folder: the same on every machine, and a part of the list is a
     fair sample of the packages.
     """
-    paths = sysconfig.get_paths()
-    roots = dict.fromkeys(Path(paths[name]) for name in ("stdlib", "purelib", "platlib"))
+    roots = _roots()
+    stdlib = roots[0]
     found: dict[Path, tuple] = {}
     for root in roots:
         for path in root.rglob("*.py"):
             parts = path.relative_to(root).parts
-            inside_stdlib = root == Path(paths["stdlib"])
-            if inside_stdlib and "site-packages" in parts:
+            if root == stdlib and {"site-packages", "dist-packages"} & set(parts):
                 continue  # belongs to another environment, or is listed by its own root
             if not {"tests", "test", "testing", "_vendor", "vendor"} & set(parts):
                 name = path.relative_to(root).as_posix()
-                mixed = b"" if inside_stdlib else hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
+                mixed = b"" if root == stdlib else hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
                 found.setdefault(path, (mixed, name))
     return sorted(found, key=found.__getitem__)
+
+
+def _roots() -> list[Path]:
+    """The folder of the standard library, then those of installed packages: the environment's, the user's (pip install
+    --user), and those that a distribution's own packages use (Debian's dist-packages); each once."""
+    paths = sysconfig.get_paths()
+    schemes = (paths["stdlib"], paths["purelib"], paths["platlib"])
+    folders = (Path(name).resolve() for name in (*schemes, *site.getsitepackages(), site.getusersitepackages()))
+    return list(dict.fromkeys(folders))
 
 
 def docstrings(path: Path) -> list[str]:

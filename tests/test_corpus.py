@@ -5,7 +5,9 @@ import io
 import json
 import lzma
 import random
+import site
 import sys
+import sysconfig
 import tracemalloc
 
 import pyarrow
@@ -204,6 +206,23 @@ def test_docstrings_become_prose(tmp_path):
     assert texts[0] == "Compute the sum of all the numbers that a list holds."
     assert texts[1].startswith("A pattern such as")
     assert docstrings.docstrings(tmp_path / "broken.py") == []
+
+
+def test_docstrings_of_every_place_where_packages_lie(tmp_path, monkeypatch):
+    stdlib, user = tmp_path / "lib" / "python3", tmp_path / "user"
+    debian, own = stdlib / "dist-packages", stdlib / "site-packages"
+    for folder in (stdlib, debian, own, user):
+        folder.mkdir(parents=True)
+        (folder / "module.py").touch()
+    (tmp_path / "lib64").symlink_to(tmp_path / "lib")
+    lib64 = tmp_path / "lib64" / "python3" / "site-packages"
+    paths = {"stdlib": str(stdlib), "purelib": str(own), "platlib": str(lib64)}
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(own), str(debian), str(tmp_path / "none")])
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(user))
+    first, *others = docstrings.source_files()
+    assert first == stdlib / "module.py"
+    assert sorted(others) == [folder / "module.py" for folder in (debian, own, user)]
 
 
 def test_docstrings_are_the_same_twice_and_hold_no_repetition(tmp_path, monkeypatch):
