@@ -9,9 +9,10 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -300,9 +301,18 @@ def _read_dataset(source: str, text_key: str) -> Iterator[str]:
     name, config, split, *rest = [*source.removeprefix("hf:").split(":"), "", ""][:4]
     if not name or any(rest):
         raise UserError(f"{source}: expected hf:NAME[:CONFIG[:SPLIT]]")
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    except (OSError, ValueError) as error:  # no such dataset, no network; datasets' own errors derive from these
-        raise UserError(f"{source}: could not be opened ({error})") from None
-    for row in rows:
+    load = partial(datasets.load_dataset, name, config or None, split=split or "train", streaming=True)
+    for row in _streamed(source, load):
         yield from _text_of(row, text_key, source)
+
+
+def _streamed(source: str, load: Callable[[], Iterable[dict]]) -> Iterator[dict]:
+    """The rows of a dataset; whatever goes wrong on the way, at the first or at any later one, names the source."""
+    try:
+        yield from load()
+    except Exception as error:  # of datasets, the hub's client, its HTTP library, Arrow: they share no other base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{source}: could not be read ({reason}) — check its name and the network, or download its files and name "
+            "these with --data"
+        ) from error

@@ -9,6 +9,8 @@ import site
 import sys
 import sysconfig
 import tracemalloc
+from itertools import islice
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -193,6 +195,46 @@ def test_a_dataset_without_the_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'cramfast\[hf\]'"):
         read("hf:wikitext:wikitext-2-v1:train")
+
+
+class HTTPError(Exception):
+    """Like those of httpx and aiohttp, it derives from nothing but Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("Dataset scripts are no longer supported, but found c4.py"), "Dataset scripts are no longer"),
+        (ConnectionError("Couldn't reach the Hub\n\n(offline)"), r"Couldn't reach the Hub \(offline\)"),
+        (HTTPError("429 Too Many Requests"), "429 Too Many Requests"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+@pytest.mark.parametrize("rows", [None, 0, 2], ids=["opening", "first row", "third row"])
+def test_a_dataset_that_fails_names_itself_and_the_remedy(monkeypatch, error, message, rows):
+    def stream():
+        yield from [{"text": "one"}, {"text": "two"}][:rows]
+        raise error
+
+    def load_dataset(name, config, *, split, streaming):
+        assert (name, config, split, streaming) == ("c4", "en", "train", True)
+        if rows is None:
+            raise error
+        return stream()
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    documents = read_documents(("hf:c4:en",))
+    assert list(islice(documents, rows or 0)) == ["one", "two"][: rows or 0]
+    with pytest.raises(UserError, match=rf"^hf:c4:en: could not be read \({message}.* — .*--data$") as raised:
+        next(documents)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_dataset_without_the_column_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **k: iter([{"body": "one"}])))
+    with pytest.raises(UserError, match=r"^hf:c4: no key 'text' \(there: body\) — name it with --text-key$"):
+        read("hf:c4")
 
 
 def test_docstrings_become_prose(tmp_path):
