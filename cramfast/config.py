@@ -309,12 +309,15 @@ def read_config(path: Path) -> TrainConfig:
     """Read config.json of a run.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing, unreadable or damaged.
     """
+    remedy = "give a run folder made by python -m cramfast.train"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not found — give a run folder made by python -m cramfast.train") from None
+        raise UserError(f"{path}: not found — {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}) — {remedy}") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged JSON ({error}) — restore it, or start a new run") from None
     return from_json(TrainConfig, values, str(path))

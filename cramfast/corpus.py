@@ -55,31 +55,42 @@ def find_files(sources: tuple[str, ...]) -> list[Path]:
     passed over, unless a source is such a file itself.
 
     Raises:
-        UserError: a source that matches nothing, a file of an unknown kind, or a prepared folder or run.
+        UserError: a source that matches nothing, a file of an unknown kind, a prepared folder or run, or a path that
+            the system refuses.
     """
     found: list[Path] = []
     for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            if is_prepared(path):
-                raise UserError(
-                    f"{source}: a prepared folder or a run, which cannot be read as text — name the text it was made "
-                    "from; to train, a prepared folder can be the only --data"
-                )
-            files = sorted(p for p in _files_under(path) if p.is_file() and file_format(p))
-            if not files:
-                raise UserError(f"{source}: no text in this folder — cramfast reads {_supported()}")
-        elif path.is_file():
-            if not file_format(path):
-                raise UserError(f"{source}: unknown kind of file — cramfast reads {_supported()}")
-            files = [path]
-        else:
-            matches = (p for p in map(Path, glob.glob(source, recursive=True)) if not is_prepared(p.parent))
-            files = sorted(p for p in matches if p.is_file() and file_format(p))
-            if not files:
-                raise UserError(f"{source}: no such file or folder, and no readable file matches it as a pattern")
-        found += files
+        try:
+            found += _files_of(source)
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise UserError(
+                f"{source}: cannot be read ({error.strerror}) — check the path; several are given side by side, not "
+                "in one pair of quotes"
+            ) from None
     return list(dict.fromkeys(found))
+
+
+def _files_of(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_dir():
+        if is_prepared(path):
+            raise UserError(
+                f"{source}: a prepared folder or a run, which cannot be read as text — name the text it was made "
+                "from; to train, a prepared folder can be the only --data"
+            )
+        files = sorted(p for p in _files_under(path) if p.is_file() and file_format(p))
+        if not files:
+            raise UserError(f"{source}: no text in this folder — cramfast reads {_supported()}")
+    elif path.is_file():
+        if not file_format(path):
+            raise UserError(f"{source}: unknown kind of file — cramfast reads {_supported()}")
+        files = [path]
+    else:
+        matches = (p for p in map(Path, glob.glob(source, recursive=True)) if not is_prepared(p.parent))
+        files = sorted(p for p in matches if p.is_file() and file_format(p))
+        if not files:
+            raise UserError(f"{source}: no such file or folder, and no readable file matches it as a pattern")
+    return files
 
 
 def _files_under(root: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ alone start at once.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,20 +48,25 @@ def is_prepared(folder: Path) -> bool:
     """Whether prepare() wrote the folder, whole or damaged by now, or a run copied from one; texts may have a
     manifest.json of their own."""
     names = ("train.ids", "train.offsets.npy", "tokenizer.json")
-    return (folder / "manifest.json").is_file() and any((folder / name).is_file() for name in names)
+    isfile = os.path.isfile  # also false where a Path raises: a name that is too long, a folder that may not be entered
+    return isfile(folder / "manifest.json") and any(isfile(folder / name) for name in names)
 
 
 def read_manifest(folder: Path) -> dict:
     """manifest.json of a prepared folder.
 
     Raises:
-        UserError: missing, damaged, or of another version.
+        UserError: missing, unreadable, damaged, or of another version.
     """
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: missing, so the folder was not prepared to the end — {REMEDY}") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}) — name a folder made by python -m cramfast.prepare"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path}: damaged JSON ({error}) — {REMEDY}") from None
     version = manifest.get("version") if isinstance(manifest, dict) else None

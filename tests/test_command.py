@@ -142,7 +142,16 @@ def test_a_mistake_ends_with_one_line(tmp_path):
     assert "Traceback" not in result.stderr and "nowhere.txt" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("arguments", "words"), [(["--budget", "3"], "24h, 90m"), (["--bugdet", "3h"], "--budget")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget", "3"], "24h, 90m"),
+        (["--bugdet", "3h"], "--budget"),
+        (["--data", "several.txt " * 50], "cannot be read (File name too long)"),
+        (["--replay", __file__], "cannot be read (Not a directory) — give a run folder"),
+    ],
+    ids=["budget", "flag", "data", "replay"],
+)
 def test_other_mistakes_end_the_same_way(monkeypatch, capsys, arguments, words):
     """In this process, which has torch already."""
     monkeypatch.setattr(sys, "argv", ["train", *arguments, "--preset", "tiny", "--device", "cpu"])

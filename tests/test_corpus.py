@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import tracemalloc
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from cramfast import corpus, docstrings
 from cramfast.corpus import read_documents, read_lines
 from cramfast.errors import UserError
+from cramfast.prepared import is_prepared
 
 DOCUMENTS = ["First line.\nSecond line of one.", "Ein zweites: Größe, 日本語, 🙂.", "A third."]
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress}
@@ -189,6 +191,13 @@ def test_nothing_to_read_is_an_error(tmp_path):
         read(tmp_path)
     with pytest.raises(UserError, match=r"missing\*\.txt: no such file"):
         read(tmp_path / "missing*.txt")
+
+
+def test_files_that_are_quoted_together_are_an_error_of_one_line():
+    together = " ".join(f"part-{number:03}.txt" for number in range(100))
+    with pytest.raises(UserError, match=r"part-099\.txt: cannot be read \(File name too long\) — .*not in one pair"):
+        read(together)
+    assert not is_prepared(Path(together))
 
 
 def test_a_dataset_without_the_package_names_the_remedy(monkeypatch):

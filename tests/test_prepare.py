@@ -347,3 +347,6 @@ def test_verify_from_the_command_line(tmp_path, monkeypatch, capsys):
         file.write(b"\xff\xff")
     status, error = run(monkeypatch, capsys, "--verify", folder)
     assert status == 2 and "train.ids: contents changed" in error
+    status, error = run(monkeypatch, capsys, "--verify", tmp_path / "a.txt")
+    assert status == 2 and "cannot be read (Not a directory) — name a folder made by" in error
+    assert len(error.splitlines()) == 1
