@@ -186,10 +186,10 @@ def _finish(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer.json and see that it has our special tokens at their fixed ids.
+    """Read a tokenizer.json and see that it has our special tokens at their fixed ids, and no gaps between ids.
 
     Raises:
-        UserError: no such file, not a tokenizer, or other special tokens.
+        UserError: no such file, not a tokenizer, other special tokens, or ids and entries that no embedding fits.
     """
     if not path.is_file():
         raise UserError(f"tokenizer {path}: no such file — give wordpiece, bpe or a tokenizer.json")
@@ -203,11 +203,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 f"tokenizer {path}: {token} has id {tokenizer.token_to_id(token)}, not {index} — "
                 f"the first {FIRST_WORD} ids must be {' '.join(SPECIAL_TOKENS)}"
             )
-    if tokenizer.get_vocab_size() % VOCAB_MULTIPLE:
+    size = tokenizer.get_vocab_size()
+    token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if last >= size:  # the embedding has a row for each entry
         raise UserError(
-            f"tokenizer {path}: {tokenizer.get_vocab_size()} entries — pad them to a multiple of {VOCAB_MULTIPLE} "
-            "with [unusedN]"
+            f"tokenizer {path}: {token!r} has id {last}, of {size} entries — number them from 0 on without gaps"
         )
+    if size % VOCAB_MULTIPLE:
+        raise UserError(f"tokenizer {path}: {size} entries — pad them to a multiple of {VOCAB_MULTIPLE} with [unusedN]")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

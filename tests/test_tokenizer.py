@@ -1,6 +1,7 @@
 """Tokenizers: fixed special ids, the same for the same text in every process, and a word cache that changes nothing."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -164,6 +165,12 @@ def test_a_given_tokenizer_is_checked(tmp_path, tokenizer):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(str(path))
     assert load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
+    gap = json.loads(path.read_text())
+    gap["model"]["vocab"]["t"] += 1000  # as many entries as before
+    path.write_text(json.dumps(gap))
+    with pytest.raises(UserError, match=r"'t' has id 1\d\d\d, of \d+ entries — number them from 0 on"):
+        load_tokenizer(path)
+    tokenizer.save(str(path))
     path.write_text(path.read_text().replace("[MASK]", "<mask>"))
     with pytest.raises(UserError, match=r"\[MASK\] has id None, not 4"):
         load_tokenizer(path)
