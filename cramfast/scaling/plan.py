@@ -139,8 +139,8 @@ PLANS: dict[str, Callable[[str], Plan]] = {make.__name__: make for make in (smok
 def learning_rate(width: int, reference: float) -> float:
     """Peak learning rate: `reference` at width 256, falling with the root of the width.
 
-    The presets tiny to base follow the same line, from 2e-3, to within a sixth. It is a rule, not a search: a size whose
-    best rate lies elsewhere looks worse than it is.
+    The presets tiny to base follow the same line, from 2e-3, to within a sixth. It is a rule, not a search: a size
+    whose best rate lies elsewhere looks worse than it is.
     """
     return reference * math.sqrt(REFERENCE_WIDTH / width)
 
