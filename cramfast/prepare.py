@@ -91,6 +91,8 @@ def prepare(
     """
     report, curation = progress or (lambda stage, done, total: None), curation or Curation()
     if len(data) == 1 and is_prepared(Path(data[0])):
+        if (Path(data[0]) / "config.json").exists():
+            raise UserError(f"{data[0]}: a run, which keeps no text — name the text, or go on with --resume {data[0]}")
         _check_curation(Path(data[0]), curation)
         verify(Path(data[0]))  # reads it all once: a folder that was moved or edited must not fail in mid-run
         return Path(data[0])

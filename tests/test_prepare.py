@@ -211,6 +211,13 @@ def test_what_cramfast_wrote_beside_the_text_is_not_taken_for_text(tmp_path):
     assert corpus.find_files((str(out / "heldout.txt"),)) == [out / "heldout.txt"]  # asked for by its name
 
 
+def test_a_run_is_no_text(tmp_path):
+    folder = prepare((write_text(tmp_path / "a.txt"),), tmp_path / "run", **OPTIONS)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run: a run, which keeps no text — name the text, or go on with --resume"):
+        prepare((str(folder),), None, **OPTIONS)
+
+
 @pytest.mark.parametrize("beside", ["other", "a.txt"])
 def test_a_prepared_folder_is_refused_beside_other_text(tmp_path, beside):
     folder = prepare((write_text(tmp_path / "a.txt"),), tmp_path / "out", **OPTIONS)

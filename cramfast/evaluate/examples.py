@@ -213,8 +213,8 @@ def from_datasets(name: str, task: Task, split: str, skip_malformed: bool = Fals
     where = f"{name} {task.hf_name} {split}"
     try:
         rows = datasets.load_dataset(name, task.hf_name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # of datasets, the hub's client, its HTTP library: they share no other base class
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where}: could not be opened ({reason}) — give a folder of GLUE files with --data") from None
     if missing := [column for column in (*task.hf_texts, "label") if column not in rows.column_names]:
         there = ", ".join(rows.column_names)
