@@ -16,8 +16,10 @@ class UserError(Exception):
 def command(main: Callable[[], None]) -> None:
     """Run a command line; a UserError becomes one red line and exit status 2, never a traceback.
 
-    SIGTERM ends it as Ctrl-C does: by an exception, so that half-written files are removed.
+    SIGTERM ends it as Ctrl-C does: by an exception, so that half-written files are removed. File names that are no
+    Unicode are printed with escapes in place of what cannot be encoded.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     from rich.console import Console

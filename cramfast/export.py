@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from cramfast import atomic
 from cramfast.checkpoint import load_model
 from cramfast.config import ModelConfig, from_json, to_json
 from cramfast.errors import UserError, command
@@ -83,8 +84,7 @@ def export(run_dir: Path, out_dir: Path, check: bool = True, overwrite: bool = F
         _write_tokenizer(run_dir / "tokenizer.json", partial, config)
         if check:
             difference = _own_difference(partial, model) if reason else max_difference(partial, model, run_dir)
-        text = card(record, config, difference, reason)
-        (partial / "README.md").write_text(text, encoding="utf-8")
+        atomic.write_text(partial / "README.md", card(record, config, difference, reason))
         _replace(partial, out_dir)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out_dir}: cannot be written ({error}) — free disk space or choose another folder") from error

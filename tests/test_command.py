@@ -142,6 +142,13 @@ def test_a_mistake_ends_with_one_line(tmp_path):
     assert "Traceback" not in result.stderr and "nowhere.txt" in result.stderr.splitlines()[-1]
 
 
+def test_a_file_name_that_is_no_unicode_is_printed_all_the_same():
+    code = "import os; from cramfast.errors import command; command(lambda: print(os.fsdecode(b'caf\\xe9.txt')))"
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # strict, as in every locale but C
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("caf\\udce9.txt\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -134,6 +135,14 @@ def test_model_card_has_the_figures(exported):
     text = (exported / "README.md").read_text()
     for part in ("6.900 → 5.250", "123 k", "12.5 %", "52,000 tokens", "6.500", "re-saving under 5.x", "pipeline_tag"):
         assert part in text, part
+
+
+def test_a_text_whose_name_is_no_unicode(tmp_path):
+    run = make_run(tmp_path / "run", tiny_config())
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"sources": [os.fsdecode(b"caf\xe9.txt")]}))
+    result = export(run, tmp_path / "out", check=False)
+    assert "caf?.txt" in (result.path / "README.md").read_text() and {p.name for p in result.path.iterdir()} == FILES
 
 
 def swap_gate_halves(tensors):
