@@ -64,7 +64,7 @@ def export(run_dir: Path, out_dir: Path, check: bool = True, overwrite: bool = F
         UserError: no run or checkpoint, a damaged file, `out_dir` taken, the disk refused, logits that differ.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
-    _check_free(out_dir, overwrite)
+    _check_free(run_dir, out_dir, overwrite)
     model, config = load_model(run_dir)
     record = read_record(run_dir)
     tokenizer = _read_tokenizer(run_dir / "tokenizer.json", config)
@@ -253,18 +253,20 @@ def _write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_free(out_dir: Path, overwrite: bool) -> None:
+def _check_free(run_dir: Path, out_dir: Path, overwrite: bool) -> None:
+    # The whole command, as cramfast.train exports too, where no folder can be named.
+    remedy = f"export to another folder: python -m cramfast.export {run_dir} FOLDER"
     if not out_dir.exists():
         return
     if not out_dir.is_dir():
-        raise UserError(f"{out_dir}: is a file — choose another folder")
+        raise UserError(f"{out_dir}: is a file — {remedy}")
     if out_dir.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"{out_dir}: you are in it, and the export would take its place — name a folder to make")
+        raise UserError(f"{out_dir}: you are in it, and the export would take its place — {remedy}")
     held = {path.name for path in out_dir.iterdir()}
     if held and not overwrite:
         raise UserError(f"{out_dir}: not empty — choose another folder, or replace an earlier export with --overwrite")
     if held - FILES:
-        raise UserError(f"{out_dir}: holds {min(held - FILES)}, which no export wrote — choose another folder")
+        raise UserError(f"{out_dir}: holds {min(held - FILES)}, which no export wrote — {remedy}")
 
 
 def _replace(partial: Path, out_dir: Path) -> None:

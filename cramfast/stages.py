@@ -98,13 +98,23 @@ def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
 
 
 def publish(run_dir: Path) -> None:
-    """Report, Hugging Face folder with checked logits, fill-mask demo, and where everything lies.
+    """Hugging Face folder with checked logits, report, fill-mask demo, and where everything lies.
 
     Raises:
-        UserError: the exported model disagrees with ours.
+        UserError: the exported model disagrees with ours, or its folder holds what no export wrote; the rest is there.
     """
     print("export: writing the Hugging Face folder and comparing logits with stock transformers", flush=True)
-    exported = export.export(run_dir, run_dir / "hf", overwrite=True)
+    try:
+        exported = export.export(run_dir, run_dir / "hf", overwrite=True)
+    except UserError:
+        present(run_dir)
+        raise
+    present(run_dir)
+    print(f"{export.describe(exported)}\n{'Hugging Face folder':<20} {exported.path}")
+
+
+def present(run_dir: Path) -> None:
+    """Write the report, which says how to load the export if there is one; print the demo and the run's figures."""
     page = report.write_report(run_dir)
     record = read_record(run_dir)
     print_demo(run_dir)
@@ -117,9 +127,7 @@ def publish(run_dir: Path) -> None:
         f"{record.unigram_entropy:.3f}), {record.middle('tokens_per_s'):,.0f} tokens/s, "
         f"MFU {record.middle('mfu'):.0%}, {record.last('tokens'):,.0f} tokens in {span(record.last('seconds'))}"
     )
-    print(export.describe(exported))
-    for name, path in (("run folder", run_dir), ("report", page), ("Hugging Face folder", exported.path)):
-        print(f"{name:<20} {path}")
+    print(f"{'run folder':<20} {run_dir}\n{'report':<20} {page}")
 
 
 def print_demo(run_dir: Path) -> None:

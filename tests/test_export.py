@@ -22,6 +22,7 @@ from cramfast.checkpoint import load_model
 from cramfast.errors import UserError
 from cramfast.export import FILES, describe, export, load
 from cramfast.hfcheck import TOLERANCE, packed_logits
+from cramfast.stages import publish
 
 LOCAL = {"window": 16, "global_every": 2, "rope_theta_global": 160000.0, "rope_theta_local": 5000.0}
 VARIANTS = {
@@ -264,6 +265,16 @@ def test_the_folder_that_one_is_in_is_not_replaced(run, tmp_path, monkeypatch, o
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match="you are in it"):
         export(run, out, check=False, overwrite=True)
+
+
+def test_a_run_whose_folder_holds_something_else_ends_with_report_and_demonstration(tmp_path, capsys):
+    run = make_run(tmp_path / "run", tiny_config())
+    (run / "hf" / "onnx").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"holds onnx, .*: python -m cramfast\.export {run} FOLDER$"):
+        publish(run)
+    said = capsys.readouterr().out
+    assert "[MASK]" in said and "held-out loss 6.900 -> 5.250" in said
+    assert f"{run / 'report.html'}\n" in said and (run / "report.html").stat().st_size > 0
 
 
 def test_a_taken_folder_is_replaced_only_when_asked_and_only_an_export(run, tmp_path):
