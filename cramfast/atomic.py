@@ -1,6 +1,7 @@
 """Small files that appear complete or not at all."""
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -15,6 +16,13 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     partial.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(partial, path)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """The same for a copy of another file's bytes; the folder is there."""
+    partial = partial_path(path)
+    shutil.copyfile(source, partial)
     os.replace(partial, path)
 
 

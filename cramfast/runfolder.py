@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -115,9 +114,9 @@ def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | No
         atomic.write_text(stored, json.dumps(to_json(config), indent=1))
         checkpoint.sweep(run_dir)
         for name in COPIED:
-            shutil.copyfile(prepared / name, run_dir / name)
+            atomic.copy_file(prepared / name, run_dir / name)
         if replay:
-            shutil.copyfile(replay / "metrics.jsonl", run_dir / REPLAYED)
+            atomic.copy_file(replay / "metrics.jsonl", run_dir / REPLAYED)
 
 
 def describe(config: TrainConfig, model: Encoder, world: int = 1) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -256,6 +257,27 @@ def test_resume_keeps_the_values_of_its_run(finished, tmp_path):
         runfolder.create(finished, request.config, tmp_path)
     with pytest.raises(UserError, match="not the one"):
         runfolder.create(tmp_path / "again", request.config, tmp_path, replay=finished)
+
+
+def test_a_kill_while_the_text_is_described_again_costs_nothing(tmp_path, monkeypatch):
+    run, text = tmp_path / "run", tmp_path / "text"
+    for folder in (run, text):
+        folder.mkdir()
+    for name in runfolder.COPIED:
+        (text / name).write_text(json.dumps(dict.fromkeys(MANIFEST_KEYS, 1) | {"version": 1}))
+    runfolder.create(run, small_config(), text)
+
+    def killed(source, target):
+        Path(target).write_bytes(b"")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runfolder, "COPIED", ("manifest.json",))
+        patch.setattr(shutil, "copyfile", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runfolder.create(run, small_config(), text)
+    runfolder.create(run, small_config(), text)
+    assert {path.name for path in run.iterdir()} == {"config.json", *runfolder.COPIED}
 
 
 def test_a_run_on_little_text_is_resumed_from_another_folder(tmp_path, monkeypatch):
