@@ -201,7 +201,7 @@ def show(plan: Plan) -> None:
         for line in lines:
             figures = f"{1e3 * line.seconds:,.2f} ms, {line.seconds / total:.0%}"
             table.add_row(f"  {line.part.name}", figures, known(line))
-    Console(width=118).print(table)
+    Console(width=118, markup=False).print(table)
 
 
 def known(line: Line) -> str:

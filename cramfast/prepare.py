@@ -301,9 +301,10 @@ def main() -> None:
 
     options = tyro.cli(Options, prog="python -m cramfast.prepare", description=__doc__)
     console = Console()
+    plain = {"markup": False, "highlight": False, "soft_wrap": True}  # a folder's name may look like markup
     if options.verify is not None:
         verify(options.verify)
-        console.print(f"{options.verify}: every file is as it was written")
+        console.print(f"{options.verify}: every file is as it was written", **plain)
         return
     values = {k: v for k, v in vars(options).items() if k not in ("data", "out", "verify")}
     start = time.perf_counter()
@@ -318,14 +319,14 @@ def main() -> None:
         table.add_row(split_name, *(f"{split[name]:,}" for name in columns), f"{ratio:.2f}")
     console.print(table)
     for line in summary(manifest):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, **plain)
     characters = sum(split["characters"] for split in manifest["splits"].values())
     console.print(
         f"vocabulary {manifest['vocab_size']:,}, unigram entropy {manifest['unigram_entropy_nats']:.3f} nats, "
         f"{elapsed:.1f} s ({characters / elapsed / 1e6:.1f} million characters a second)"
     )
-    console.print(f"report: {corpusreport.write_report(folder)}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"train on it: python -m cramfast.train --data {folder}", soft_wrap=True)
+    console.print(f"report: {corpusreport.write_report(folder)}", **plain)
+    console.print(f"train on it: python -m cramfast.train --data {folder}", **plain)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ class Stages:
         self.console = Console()
         self.bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # it may hold a folder's name
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -31,7 +31,7 @@ class Stages:
         if not self.console.is_terminal:
             if stage not in self.tasks:
                 self.tasks[stage] = 0
-                self.console.print(f"  {stage}", soft_wrap=True)
+                self.console.print(f"  {stage}", markup=False, soft_wrap=True)
             return
         if stage not in self.tasks:
             self.tasks[stage] = self.bar.add_task(stage, total=None)

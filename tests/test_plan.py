@@ -242,6 +242,12 @@ def test_a_card_without_measurements_gets_upper_bounds(capsys, tmp_path):
     assert "tokens 2 B in at least" in text
 
 
+def test_a_run_whose_name_looks_like_markup(capsys, tmp_path):
+    made = plan.make_plan(plan.parse(["--gpu", "A6000", "--runs", str(tmp_path)]))
+    plan.show(replace(made, compared=[measurements.Comparison("run[/v1]", 1.0, 1.0, "alone")]))
+    assert "run run[/v1]" in capsys.readouterr().out
+
+
 def test_the_machine_at_hand(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "ROUNDS", 1)
     monkeypatch.setattr(calibration, "machine_at_hand", lambda device, dtype: CPU)

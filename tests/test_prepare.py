@@ -24,6 +24,7 @@ from cramfast.curation import Curator
 from cramfast.errors import UserError, command
 from cramfast.prepare import prepare
 from cramfast.prepared import PreparedText, read_manifest, verify
+from cramfast.progress import Stages
 from cramfast.recipes import starting_config
 from cramfast.runfolder import COPIED
 from cramfast.survey import Survey, fraction
@@ -357,3 +358,24 @@ def test_verify_from_the_command_line(tmp_path, monkeypatch, capsys):
     status, error = run(monkeypatch, capsys, "--verify", tmp_path / "a.txt")
     assert status == 2 and "cannot be read (Not a directory) — name a folder made by" in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["out[v1]", "out[/v1]"])
+def test_a_folder_whose_name_looks_like_markup(tmp_path, monkeypatch, capsys, name):
+    data = ["--data", str(write_text(tmp_path / "a.txt")), "--vocab-size", "512"]
+    monkeypatch.setattr(sys, "argv", ["prepare", *data, "--out", str(tmp_path / name)])
+    for _ in range(2):  # made, and found again
+        stage.main()
+    output = capsys.readouterr().out
+    assert output.count(f"train on it: python -m cramfast.train --data {tmp_path / name}\n") == 2
+    assert f"using the prepared text in {tmp_path / name}\n" in output
+    monkeypatch.setattr(sys, "argv", ["prepare", "--verify", str(tmp_path / name)])
+    stage.main()
+    assert f"{tmp_path / name}: every file" in capsys.readouterr().out
+
+
+def test_a_stage_whose_name_looks_like_markup_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Stages() as stages:
+        stages("using the prepared text in out[/v1]", 1, 1)
+    assert "in out[/v1]" in capsys.readouterr().out

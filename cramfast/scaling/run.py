@@ -150,7 +150,7 @@ class Arguments:
         console.print(
             f"{len(rows)} runs, {short(sum(r['tokens'] for r in rows))} tokens, {span(time.perf_counter() - started)} "
             f"now: {folder / table.TABLE}\nnext: python -m cramfast.scaling fit {folder}",
-            highlight=False, soft_wrap=True,
+            markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 
     def settings(self, plan: Plan, folder: Path, device: str, console) -> dict[str, Any]:
@@ -196,13 +196,14 @@ class Arguments:
 
     def describe(self, settings: dict[str, Any], console) -> None:
         """What is going to happen, and for how long."""
+        from rich.markup import escape
         from rich.table import Table
 
         runs = plans.expand(
             plans.from_dict(settings["plan"], PLAN_FILE), Path(settings["data"]), settings["device"],
             settings["threads"], settings["dtype"],
         )  # fmt: skip
-        shown = Table(title=f"plan {settings['plan']['name']}", title_justify="left")
+        shown = Table(title=escape(f"plan {settings['plan']['name']}"), title_justify="left")
         for number, column in enumerate(("shape", "parameters", "lr", "tokens", "runs", "tokens/s", "minutes")):
             shown.add_column(column, justify="right" if number else "left")
         for shape in dict.fromkeys(run.shape for run in runs):
