@@ -31,7 +31,7 @@ def fill_mask(
     Args:
         model: any device and dtype.
         tokenizer: the one it was trained with.
-        sentences: raw text; those without a whole-word token of four letters are passed over.
+        sentences: raw text; those without a token that holds a letter are passed over.
         count: how many to fill.
         top: how many guesses for each.
 
@@ -65,18 +65,27 @@ def fill_mask(
 
 
 def masked_place(encoding: Encoding, sentence: str, limit: int) -> int | None:
-    """Which token to hide: one that is a whole word of four letters or more, no common one if possible, nearest to
-    the middle, where there is context on both sides. None when no token is."""
+    """Which token to hide: one that is a whole word of four letters or more, no common one if possible; where no token
+    is, as in scripts without spaces, one that holds a letter and no part of one. Of these the nearest to the middle,
+    where there is context on both sides. None when there is none."""
     length = min(limit, len(encoding.ids))
     candidates = []
     for place in range(length):
         start, end = _span(encoding, sentence, place)
         word = sentence[start:end]
-        whole = not (sentence[start - 1 : start].isalnum() or sentence[end : end + 1].isalnum())
         known = not encoding.special_tokens_mask[place] and encoding.ids[place] > 4
-        if known and whole and len(word) >= 4 and word.isalpha():
-            candidates.append((word.lower() in COMMON, abs(place - length / 2), place))
+        if known and any(map(str.isalpha, word)) and not _shares_a_character(encoding, place):
+            whole = not (sentence[start - 1 : start].isalnum() or sentence[end : end + 1].isalnum())
+            rank = word.lower() in COMMON if whole and len(word) >= 4 and word.isalpha() else 2
+            candidates.append((rank, abs(place - length / 2), place))
     return min(candidates)[2] if candidates else None
+
+
+def _shares_a_character(encoding: Encoding, place: int) -> bool:
+    # Byte-level tokens may hold a part of a character: beside the rest of it, the mask would hide nothing.
+    start, end = encoding.offsets[place]
+    neighbours = encoding.offsets[max(0, place - 1) : place] + encoding.offsets[place + 1 : place + 2]
+    return any(a < end and start < b for a, b in neighbours)
 
 
 def show(console, results: list[tuple[str, list[Guess], str]]) -> None:

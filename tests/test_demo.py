@@ -19,13 +19,13 @@ def parts(tmp_path_factory):
     return load_model(run)[0], Tokenizer.from_file(str(run / "tokenizer.json"))
 
 
-def byte_level():
+def byte_level(texts=SENTENCES, entries=512):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=entries, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -49,9 +49,9 @@ def test_guesses_are_those_of_the_masked_place(parts):
     assert guesses[0][1] == pytest.approx(float(row_V.max()), rel=1e-4)
 
 
-def test_prefers_content_words_and_passes_over_sentences_without_a_word(parts):
+def test_prefers_content_words_and_passes_over_sentences_without_a_letter(parts):
     results = fill_mask(*parts, ["1 2 3!", "", "a b c", "The river with them."])
-    assert [truth for _, _, truth in results] == ["river"]
+    assert [truth for _, _, truth in results] == ["b", "river"]
     assert fill_mask(*parts, ["1 2 3!"]) == []
 
 
@@ -63,6 +63,26 @@ def test_long_sentences_are_cut(parts):
 def test_byte_level_tokens_keep_their_space_outside_the_mask(parts):
     for sentence, _, truth in fill_mask(parts[0], byte_level(), SENTENCES):
         assert sentence.replace("[MASK]", truth) in SENTENCES and truth == truth.strip()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。床前明月光，疑是地上霜。举头望明月，低头思故乡。",
+        "古池や蛙飛び込む水の音。閑さや岩にしみ入る蝉の声。夏草や兵どもが夢の跡。五月雨をあつめて早し最上川。",
+        "ในน้ำมีปลา ในนามีข้าว เพื่อนบูบ้านในเมือง ลูทางไปค้า ขี่ม้าไปขาย ใครจักใคร่ค้าช้างค้า",
+    ],
+    ids=["Chinese", "Japanese", "Thai"],
+)
+@pytest.mark.parametrize("entries", [80, 120])  # so few merges that many characters lie in pieces
+def test_scripts_without_spaces(parts, text, entries):
+    sentences = text.replace("。", "。\n").split("\n")[:-1] or [text]
+    tokenizer = byte_level(sentences, entries)
+    results = fill_mask(parts[0], tokenizer, sentences)
+    assert results
+    for masked, _, truth in results:
+        assert masked.replace("[MASK]", truth) in sentences and any(map(str.isalpha, truth))
+        assert truth in map(tokenizer.decode, zip(tokenizer.encode(truth).ids, strict=True)), "no part of a character"
 
 
 def test_show_prints_sentence_guesses_and_truth():
