@@ -35,6 +35,7 @@ PACKAGES = (
     "flash-attn",
     "apex",
 )
+BUILDS = ("baseline", "avx2", "avx512", "avx512_bf16")  # what csrc/cpu_dispatch.cpp knows as CRAMFAST_CPU
 SHAPES_CHECKED = 2  # of each Case: a plain one and one with other options
 
 
@@ -148,11 +149,9 @@ def machine() -> list[tuple[str, str]]:
     """(what, how it is) of processor, threads, GPU and compilers."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     runtime = extension.openmp_runtime()
-    wanted = os.environ.get("CRAMFAST_CPU")
-    build = extension.cpu_isa + (f", limited by CRAMFAST_CPU={wanted}" if wanted else "")
     return [
         ("processor", f"{_processor()}, {allowed} of {os.cpu_count()} logical cores usable"),
-        ("instruction set", f"{_instruction_sets()}; our build in use: {build}"),
+        ("instruction set", f"{_instruction_sets()}; our build in use: {_build()}"),
         ("threads", f"{torch.get_num_threads()} (torch's; our kernels follow)"),
         ("OpenMP", f"{Path(runtime).name}, shared with torch" if runtime else "runtime not found in the process map"),
         ("GPU", _gpu()),
@@ -172,6 +171,16 @@ def _instruction_sets() -> str:
     flags = set((re.search(r"^(?:flags|Features)\s*: (.*)$", _cpuinfo(), flags=re.M) or ["", ""])[1].split())
     known = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
     return "processor has " + (", ".join(flag for flag in known if flag in flags) or "none of the wide ones")
+
+
+def _build() -> str:
+    wanted = os.environ.get("CRAMFAST_CPU")
+    if not wanted or extension.module is None:
+        return extension.cpu_isa
+    if wanted == extension.cpu_isa:
+        return f"{wanted}, limited by CRAMFAST_CPU={wanted}"
+    why = "more than this processor has" if wanted in BUILDS else f"unknown, use one of {', '.join(BUILDS)}"
+    return f"{extension.cpu_isa}; CRAMFAST_CPU={wanted} is ignored: {why}"
 
 
 def _cpuinfo() -> str:

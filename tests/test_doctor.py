@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,3 +141,23 @@ def test_a_lower_instruction_set_is_shown_and_right():
     answer = subprocess.run(command, env=os.environ | {"CRAMFAST_CPU": "baseline"}, capture_output=True, text=True)
     assert "limited by CRAMFAST_CPU=baseline" in " ".join(answer.stdout.split())
     assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("avx2", "our build in use: avx2, limited by CRAMFAST_CPU=avx2"),
+        ("avx512", "our build in use: avx2; CRAMFAST_CPU=avx512 is ignored: more than this processor has"),
+        ("avx", f"avx2; CRAMFAST_CPU=avx is ignored: unknown, use one of {', '.join(doctor.BUILDS)}"),
+    ],
+)
+def test_an_instruction_set_that_is_ignored_is_named(monkeypatch, wanted, said):
+    monkeypatch.setattr(extension, "module", SimpleNamespace(cuda=False))
+    monkeypatch.setattr(extension, "cpu_isa", "avx2")
+    monkeypatch.setenv("CRAMFAST_CPU", wanted)
+    assert dict(doctor.machine())["instruction set"].endswith(said)
+
+
+def test_the_instruction_sets_are_those_of_the_source():
+    source = Path(__file__).parent.parent / "csrc" / "cpu_dispatch.cpp"
+    assert f"CRAMFAST_CPU={'|'.join(doctor.BUILDS)} takes" in source.read_text(encoding="utf-8")
