@@ -14,10 +14,12 @@ quiet machine: the times of a busy one say nothing. Small models keep two cores 
 import json
 import math
 import multiprocessing
+import signal
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -152,22 +154,45 @@ def train_once(config: TrainConfig, prepared: Path, budget: Budget) -> dict:
     return {key: record.last(key) for key in keys} | {"steps": len(record.steps), "skipped": record.skipped}
 
 
-def workers(options: Options) -> ProcessPoolExecutor:
-    """Processes that train, as many as runs go at a time.
+class Workers(ProcessPoolExecutor):
+    """Processes that Ctrl-C does not reach, though the terminal sends it to all: the one that started them decides."""
+
+    def submit(self, *arguments):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process started here inherits it
+        try:
+            return super().submit(*arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def workers(options: Options) -> Iterator[Executor]:
+    """Processes that train, as many as runs go at a time, and a folder for what they leave.
+
+    An exception, as of Ctrl-C, kills them: nothing of an unfinished run is of use.
 
     Raises:
         UserError: fewer than one.
     """
     if options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: use 1 or more")
-    return ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), begin, (options.threads,))
+    with tempfile.TemporaryDirectory() as scratch:
+        started = (options.threads, scratch)
+        with Workers(options.jobs, multiprocessing.get_context("spawn"), begin, started) as pool:
+            try:
+                yield pool
+            except BaseException:
+                for process in multiprocessing.active_children():
+                    process.kill()
+                raise
 
 
-def begin(threads: int) -> None:
-    """What a process does before its first run."""
+def begin(threads: int, scratch: str) -> None:
+    """What a process does before its first run, whose temporary folders then lie in `scratch`."""
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
+    tempfile.tempdir = scratch
 
 
 def make_plan(tokens: int, seconds: float, options: Options, config: TrainConfig) -> Plan:

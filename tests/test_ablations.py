@@ -2,7 +2,14 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from fake_loader import small_config
@@ -140,7 +147,8 @@ def test_runs_at_the_same_time_each_leave_a_row(trained, tmp_path):
     assert sorted(row["seed"] for row in rows) == list(range(7)) == sorted(config.seed for config, _ in trained)
     assert [json.loads(line) for line in options.results.read_text().splitlines()] == rows
     with pytest.raises(UserError, match="--jobs 0"):
-        ablations.workers(Options(jobs=0))
+        with ablations.workers(Options(jobs=0)):
+            pass
 
 
 def test_a_run_that_a_signal_ended_leaves_no_row(monkeypatch, tmp_path, pool):
@@ -149,3 +157,63 @@ def test_a_run_that_a_signal_ended_leaves_no_row(monkeypatch, tmp_path, pool):
     with pytest.raises(KeyboardInterrupt):
         ablations.run_missing(iter([Run(DEFAULT, 0, TOKENS, 600)]), rows, options, small_config(), tmp_path, pool)
     assert not rows and not options.results.exists()
+
+
+INTERRUPTED = """
+import os, sys, tempfile, time
+from pathlib import Path
+
+from bench import ablations
+from bench.ablations import DEFAULT, TOKENS, Options, Run
+from cramfast.errors import command
+from fake_loader import small_config
+
+def train_once(config, prepared, budget):
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(prepared, str(os.getpid())).touch()
+        while config.seed or len(list(Path(prepared).iterdir())) < 2:
+            time.sleep(0.01)  # seed 0 ends when both have begun, and leaves its process without work
+    return {"seconds": 1.0}
+
+def main():
+    options = Options(results=Path(sys.argv[1]), jobs=2)
+    runs = [Run(DEFAULT, seed, TOKENS, 600) for seed in range(2)]
+    with ablations.workers(options) as pool:
+        ablations.run_missing(iter(runs), [], options, small_config(), Path(sys.argv[2]), pool)
+
+ablations.train_once = train_once
+if __name__ == "__main__":
+    command(main)
+"""
+
+
+@pytest.mark.parametrize("end", ["SIGINT", "SIGTERM"])
+def test_signals_end_it_at_once(tmp_path, end):
+    """Ctrl-C, which a terminal sends to every process, and SIGTERM to the first: one busy worker, one idle one."""
+    script, results, begun, scratch = (tmp_path / name for name in ("script.py", "rows.jsonl", "begun", "scratch"))
+    script.write_text(INTERRUPTED)
+    begun.mkdir()
+    scratch.mkdir()
+    root = Path(__file__).parent
+    paths = os.pathsep.join([str(root.parent), str(root), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, script, results, begun], env=os.environ | {"PYTHONPATH": paths, "TMPDIR": str(scratch)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        while process.poll() is None and not results.exists():
+            time.sleep(0.05)
+        time.sleep(0.2)  # until the first worker waits for more
+        if end == "SIGINT":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        said = process.communicate(timeout=20)[1]
+        assert (process.returncode, said) == (130, "interrupted\n")
+        assert [json.loads(line)["seed"] for line in results.read_text().splitlines()] == [0]
+        assert len(list(begun.iterdir())) == 2 and not list(scratch.iterdir())
+        for worker in begun.iterdir():
+            assert not Path("/proc", worker.name).exists()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
