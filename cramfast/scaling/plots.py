@@ -123,7 +123,7 @@ def law_and_residuals(rows: list[dict], found: dict) -> Figure:
                       label="by a law that had not seen them")  # fmt: skip
     right.axhline(0, color="black", linewidth=0.8)
     prepare(right, "FLOPs", "measured loss over predicted, % too high")
-    right.legend(fontsize=8.5, frameon=False)
+    right.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     return figure
 
 

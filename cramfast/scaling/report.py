@@ -24,7 +24,8 @@ CAPTIONS = {
     "size whose dots lie lowest is the one to train for so much.",
     "collapse": "Left, shapes of equal size; right, each with its tokens divided by a factor.",
     "fit": "Left, final losses and the law; right, what the law leaves over.",
-    "sizes": "From the law and the tokens/s measured for each size.",
+    "sizes": "From the law and the tokens/s measured for each size. What takes more tokens than any run had is an "
+    "extrapolation, solid or dashed.",
     "claims": "Confirmed where the intervals overlap and the measured one lies above zero.",
 }
 PICTURES = ".picture { background: #ffffff; } .picture img { display: block; width: 100%; height: auto; }"
