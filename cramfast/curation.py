@@ -1,12 +1,13 @@
 """Which documents are worth training on: plain rules and duplicates, decided in the order of the text, and counted."""
 
-import concurrent.futures
 import functools
 import hashlib
 import heapq
+import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -199,11 +200,25 @@ def summary(manifest: dict) -> list[str]:
 def ahead(items: Iterable[T]) -> Iterator[T]:
     """The items, each made in a thread of its own while the one before is used."""
     made = iter(items)
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
-        following = beside.submit(next, made, None)
-        while (item := following.result()) is not None:
-            following = beside.submit(next, made, None)
-            yield item
+    following = _beside(lambda: next(made, None))
+    while (item := following.result()) is not None:
+        following = _beside(lambda: next(made, None))
+        yield item
+
+
+def _beside(work: Callable[[], T]) -> Future[T]:
+    """The work's result, from a thread that nothing waits for but the result: Ctrl-C ends a process whose slow source,
+    a dataset over the network, has a thread waiting. An executor would join it."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 
@@ -367,3 +368,37 @@ def test_text_that_changes_under_the_hands_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(Curator, "finish", cut)
     with pytest.raises(UserError, match="3 documents where there were 501"):
         prepare((data,), tmp_path / "out", **OPTIONS)
+
+
+SLOW = """
+import time
+from cramfast.curation import ahead
+from cramfast.errors import command
+def source():
+    yield 1
+    print("waiting", flush=True)
+    time.sleep(600)
+command(lambda: print(list(ahead(source()))))
+"""
+
+
+def test_an_interrupt_waits_for_no_slow_source():
+    with subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"waiting\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+            assert process.stderr.read().decode().strip() == "interrupted"
+        finally:
+            process.kill()
+
+
+def test_what_fails_while_it_is_made_ahead_fails_where_it_is_used():
+    def source():
+        yield 1
+        raise UserError("text.txt: damaged")
+
+    made = curation.ahead(source())
+    assert next(made) == 1
+    with pytest.raises(UserError, match="damaged"):
+        next(made)
