@@ -129,7 +129,8 @@ class TrainConfig:
     """Field of .jsonl, column of .parquet that holds the text."""
     curation: Curation = field(default_factory=Curation)
     order: Literal["shuffled", "sentences", "likelihood"] = "shuffled"
-    """Sequences of an epoch: in random order, those with most "." tokens first, or those of the commonest tokens."""
+    """Sequences of an epoch: in random order, those with most "." tokens first, or those of the commonest tokens. In a
+    sorted order, a budget below one epoch never sees what comes last."""
     sequence_len: int = 128
     """Longest sequence, in tokens, [CLS] and [SEP] included."""
     short_sequence_len: int = 0

@@ -15,7 +15,7 @@ from cramfast.errors import UserError
 from cramfast.microbatch import graph_choice
 from cramfast.prepared import is_prepared, read_manifest
 from cramfast.progress import Stages
-from cramfast.record import read_record, span
+from cramfast.record import Record, read_record, span
 
 
 def choose_kernels(config: TrainConfig, followed: Path | None = None) -> None:
@@ -127,7 +127,22 @@ def present(run_dir: Path) -> None:
         f"{record.unigram_entropy:.3f}), {record.middle('tokens_per_s'):,.0f} tokens/s, "
         f"MFU {record.middle('mfu'):.0%}, {record.last('tokens'):,.0f} tokens in {span(record.last('seconds'))}"
     )
+    print(partly_read(record), end="")
     print(f"{'run folder':<20} {run_dir}\n{'report':<20} {page}")
+
+
+def partly_read(record: Record) -> str:
+    """A line for a run in a sorted order that ended within its first epoch: it saw one kind of text; else nothing."""
+    order = record.config.get("order", "shuffled")
+    if order == "shuffled":
+        return ""
+    share = record.last("tokens") / record.manifest["splits"]["train"]["tokens"]
+    if share >= 1:
+        return ""
+    return (
+        f"note: by order={order} these were the first {share:.0%} of the text; what comes last in that order was never "
+        "seen — give less text or a larger budget, or use --order shuffled\n"
+    )
 
 
 def print_demo(run_dir: Path) -> None:

@@ -5,13 +5,15 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from tiny_run import make_run, rows, tiny_config
 
+from cramfast import stages
 from cramfast.charts import BINS, binned, tick
 from cramfast.errors import UserError
-from cramfast.record import read_record, short, span
+from cramfast.record import Record, read_record, short, span
 from cramfast.report import write_report
 
 
@@ -190,3 +192,13 @@ def test_bins_keep_mean_and_range():
 )
 def test_numbers_read_well(text, expected):
     assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("order", "tokens", "said"), [("sentences", 250, "25%"), ("sentences", 1000, ""), ("shuffled", 250, "")]
+)
+def test_a_sorted_text_that_was_not_read_to_its_end_is_said_so(order, tokens, said):
+    manifest = {"splits": {"train": {"tokens": 1000}}}
+    record = Record("run", Path("run"), {}, [{"step": 1, "tokens": tokens}], [], {"order": order}, manifest)
+    line = stages.partly_read(record)
+    assert (f"the first {said} of the text" in line) == bool(line) == bool(said)
