@@ -26,7 +26,9 @@ FIT = {"count": "total", "law": LAW, "ranges": {"N": [1e6, 1e8], "D": [1e7, 1e9]
 
 @pytest.fixture
 def config():
-    return resolve(replace(starting_config("mini", None, "cpu"), device="cpu", dtype="float32"))
+    """A batch of four microbatches, at the end of a ramp."""
+    mini = starting_config("mini", None, "cpu")
+    return resolve(replace(mini, batch_tokens=4 * mini.microbatch_tokens, device="cpu", dtype="float32"))
 
 
 def test_time_is_the_bound_over_the_efficiency(config):

@@ -57,12 +57,11 @@ def test_the_command_line_gives_the_config_of_the_plan(tmp_path):
 def test_a_plan_in_toml_is_the_plan(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
-        'preset = "tiny"\nminutes = 5\nevaluations = 3\nsettings = { batch_tokens = 16384 }\n'
+        'preset = "tiny"\nlr = 1e-3\nminutes = 5\nevaluations = 3\nsettings = { batch_tokens = 16384 }\n'
         '[[sizes]]\nshapes = ["2x64", "3x64"]\ntokens = [1e5, 2e5]\nseeds = [0, 1]\n'
     )
-    expected = Plan(
-        "mine", (Size(("2x64", "3x64"), (1e5, 2e5), (0, 1)),), "tiny", 5, {"batch_tokens": 16384}, evaluations=3
-    )
+    size = Size(("2x64", "3x64"), (1e5, 2e5), (0, 1))
+    expected = Plan("mine", (size,), "tiny", lr=1e-3, minutes=5, settings={"batch_tokens": 16384}, evaluations=3)
     assert plans.read_plan(str(path), "cpu") == expected
     assert plans.from_dict(plans.to_json(expected), "x") == expected
 
