@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_run import SENTENCES, make_run, tiny_config, tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 import cramfast.export
+from cramfast import checkpoint
 from cramfast.checkpoint import load_model
 from cramfast.errors import UserError
 from cramfast.export import FILES, describe, export, load
@@ -166,6 +168,24 @@ def unknown_weight(tensors):
 
 def not_finite(tensors):
     tensors["head.dense.weight"][3, 3] = math.nan
+
+
+def sharpened(path, factor=1000.0):
+    """Logits a thousand times as large, as no training makes them: differences grow with them."""
+    tensors = load_file(path)
+    tensors["final_norm.weight"] *= factor
+    save_file(tensors, path)
+
+
+def test_large_logits_may_differ_by_rounding_and_by_nothing_else(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", tiny_config(head=False))
+    sharpened(checkpoint.newest(run) / "model.safetensors")
+    result = export(run, tmp_path / "out")
+    assert TOLERANCE < result.max_difference < 0.1 and "rounding" in describe(result)
+    right = cramfast.export.hf_config
+    monkeypatch.setattr(cramfast.export, "hf_config", lambda config, *rest: right(config, *rest) | {"norm_eps": 1e-4})
+    with pytest.raises(UserError, match="times its own rounding"):
+        export(run, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
