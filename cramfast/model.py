@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cramfast import kernels
 from cramfast.config import ModelConfig
+from cramfast.dropout import dropout
 from cramfast.kernels.linear import linear
 
 
@@ -260,8 +261,8 @@ class Encoder(nn.Module):
         return kernels.varlen_attention(qkv_N3HK, cu_seqlens, max_seqlen, rotary=rotary, window=window)
 
     def drop(self, x_ND: Tensor) -> Tensor:
-        """Dropout of the embedding and of each block's output, in training mode and if there is any."""
-        return F.dropout(x_ND, self.dropout) if self.training and self.dropout else x_ND
+        """Dropout, of the embedding and of each block's output, in training mode and if there is any."""
+        return dropout(x_ND, self.dropout) if self.training and self.dropout else x_ND
 
     def norm(self, norm: Norm, x_ND: Tensor, residual_ND: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return kernels.layernorm(x_ND, norm.weight, norm.bias, residual_ND, self.config.norm_eps)

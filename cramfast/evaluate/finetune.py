@@ -74,7 +74,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder: Encoder, outputs: int, dropout: float):
         super().__init__()
         self.encoder = encoder
-        self.encoder.dropout = self.dropout = dropout
+        self.encoder.dropout = dropout
         self.classifier = nn.Linear(encoder.config.width, outputs)
         nn.init.normal_(self.classifier.weight, 0.0, 0.02)
         nn.init.zeros_(self.classifier.bias)
@@ -86,8 +86,7 @@ class Classifier(nn.Module):
         sequence_N = torch.repeat_interleave(torch.arange(len(lengths_S), device=ids_N.device), lengths_S)
         sums_SD = hidden_ND.new_zeros(len(lengths_S), hidden_ND.shape[1], dtype=torch.float32)
         mean_SD = sums_SD.index_add(0, sequence_N, hidden_ND.float()) / lengths_S[:, None]
-        pooled_SD = self.encoder.transform(mean_SD.to(hidden_ND.dtype))
-        pooled_SD = F.dropout(pooled_SD, self.dropout, self.training)
+        pooled_SD = self.encoder.drop(self.encoder.transform(mean_SD.to(hidden_ND.dtype)))
         return F.linear(pooled_SD, self.classifier.weight).float() + self.classifier.bias
 
 
