@@ -113,7 +113,7 @@ class Arguments:
     """Train every run of a plan and gather one table; started again, it goes on where it was."""
 
     plan: str = "auto"
-    """smoke, cpu, gpu or a .toml file; auto: gpu on a GPU, cpu elsewhere."""
+    """smoke, cpu, gpu, rehearsal or a .toml file; auto: gpu on a GPU, cpu elsewhere."""
     out: Path | None = None
     """Folder of the plan; by default scaling/NAME."""
     data: tuple[str, ...] = ()
