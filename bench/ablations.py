@@ -53,7 +53,7 @@ def changed(**values) -> Callable[[TrainConfig], TrainConfig]:
 
 
 # name -> the option as a function from the default's config; the default comes first. All train on the same prepared
-# text, so what an option says of curation counts for nothing here.
+# text, so what an option says of curation counts for nothing here; of order, it counts.
 OPTIONS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     DEFAULT: changed(),
     "crammed": crammed,
@@ -64,11 +64,15 @@ OPTIONS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     "batches x 4 after a ramp": lambda config: replace(config, batch_tokens=4 * config.batch_tokens, ramp_fraction=0.6),
     "masks 0.15": changed(mask_fraction=0.15, mask_fraction_end=0.15),
     "masks 0.30 to 0.15": changed(mask_fraction_end=0.15),
+    "most full stops first": changed(order="sentences"),
     "always [MASK]": changed(masking="all_mask"),
     "StableAdamW": changed(optimizer="stable_adamw"),
     "StableAdamW, no clip": changed(optimizer="stable_adamw", max_norm=0.0),
     "Muon": changed(optimizer="muon"),
     "Muon, lr x 3": lambda config: replace(config, optimizer="muon", lr=3 * config.lr),
+    "Muon, lr x 6": lambda config: replace(config, optimizer="muon", lr=6 * config.lr),
+    "Muon, lr x 3, triangle": lambda config: replace(config, optimizer="muon", lr=3 * config.lr, schedule="triangle"),
+    "Muon, lr x 6, triangle": lambda config: replace(config, optimizer="muon", lr=6 * config.lr, schedule="triangle"),
     "AdamW, lr / 2": lambda config: replace(config, lr=config.lr / 2),
     "AdamW, lr x 3": lambda config: replace(config, lr=3 * config.lr),
     "average 0.99": changed(ema_decay=0.99),
