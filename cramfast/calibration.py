@@ -13,6 +13,7 @@ import cramfast.kernels
 from cramfast.kernels.cases import on_device, training_pass
 from cramfast.kernels.cross_entropy import CHUNK_BYTES
 from cramfast.metrics import measure_copy_bandwidth, measure_matmul_peak
+from cramfast.muon import orthogonalised
 from cramfast.roofline import CASE_OF, Card, Part, bound, cost
 from cramfast.runfolder import cpu_name
 from cramfast.stopwatch import Stopwatch, Work, interleaved
@@ -48,9 +49,9 @@ def machine_at_hand(device: str, dtype: torch.dtype) -> Card:
 def fewer_rows(part: Part, share: float, dtype: torch.dtype) -> Part:
     """The part at about this share of its rows, the whole of it from 1 on.
 
-    Sequences are kept whole, and so are the loss's chunks of logits, where there are several.
+    Sequences are kept whole, and so are Muon's matrices and, where there are several, the loss's chunks of logits.
     """
-    if share >= 1:
+    if share >= 1 or part.op == "orthogonalise":
         return part
     key = {"adamw": "P", "cross_entropy": "M", "attention": "lengths"}.get(part.op, "N")
     whole = part.shape[key]
@@ -66,6 +67,9 @@ def fewer_rows(part: Part, share: float, dtype: torch.dtype) -> Part:
 
 def work(part: Part, device: str, dtype: torch.dtype) -> Work:
     """The part forward and backward, on random inputs."""
+    if part.op == "orthogonalise":
+        x_BRC = torch.randn(*(part.shape[key] for key in "BRC"), device=device).to(dtype)
+        return lambda: orthogonalised(x_BRC)
     if part.op != "linear":
         case = CASE_OF[part.op]
         return training_pass(case, cramfast.kernels, on_device(case.make(**part.shape, dtype=dtype, seed=0), device))

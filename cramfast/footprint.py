@@ -4,16 +4,16 @@ import resource
 
 from cramfast.config import TrainConfig
 from cramfast.kernels.cross_entropy import CHUNK_BYTES
-from cramfast.roofline import element_size, masked_tokens, parameter_count
+from cramfast.roofline import element_size, masked_tokens, muon_parameters, parameter_count
 
 CONTEXT_BYTES = 512 << 20  # of a GPU, for driver, kernels and libraries; assumed, measured on no card
 
 
 def state_bytes(config: TrainConfig) -> int:
-    """What stays from step to step: master weights, gradient and two moments in float32, a half-precision copy, and a
-    moving average where there is one."""
+    """What stays from step to step: master weights, gradient and two moments (Muon: one) in float32, a half-precision
+    copy, and a moving average where there is one."""
     copy = 0 if config.dtype == "float32" else element_size(config)
-    return parameter_count(config.model) * (16 + copy + (4 if config.ema_decay else 0))
+    return parameter_count(config.model) * (16 + copy + (4 if config.ema_decay else 0)) - 4 * muon_parameters(config)
 
 
 def kept_bytes(config: TrainConfig, tokens: int) -> int:

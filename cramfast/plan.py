@@ -76,7 +76,6 @@ def parse(args: list[str] | None = None) -> Arguments:
         prog="python -m cramfast.plan",
     )
     config = arguments.config
-    require(config.optimizer != "muon", "a plan for --optimizer muon", "leave it out: its own products are not counted")
     if arguments.gpu is None:
         return replace(arguments, config=resolve(config))
     card = find_card(arguments.gpu)

@@ -3,6 +3,7 @@
 Costs come from the Cases (kernels/cases.py); what has no Case (plain linear layers, copies) is counted here.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,8 +13,9 @@ from cramfast.config import ModelConfig, TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels.cases import CASES, ragged_lengths
 from cramfast.model import Encoder
+from cramfast.muon import NEWTON_SCHULZ_STEPS
 
-TENSOR_CORE_OPERATORS = ("linear", "layernorm_glu", "attention", "cross_entropy")
+TENSOR_CORE_OPERATORS = ("linear", "layernorm_glu", "attention", "cross_entropy", "orthogonalise")
 LONGEST_WHOLE_SEQUENCE = 128  # attention_short_max of csrc/attention_forms.h: beyond it a GPU takes the tiled form
 CASE_OF = {case.op: case for case in CASES}
 
@@ -98,8 +100,8 @@ def bound(card: Card, op: str, moved_bytes: float, flops: float) -> Bound:
 def cost(op: str, shape: Mapping, dtype: torch.dtype, on_gpu: bool) -> tuple[int, int]:
     """(bytes, FLOPs) of an operator forward and backward, as our implementation does it.
 
-    Besides those that have a Case: "linear" {N, D, E}, three products of x (N, D) and a weight (E, D), and "copy"
-    {bytes}.
+    Besides those that have a Case: "linear" {N, D, E}, three products of x (N, D) and a weight (E, D), "orthogonalise"
+    {B, R, C}, Muon's five Newton-Schulz steps on B matrices (R, C), and "copy" {bytes}.
     """
     size = torch.empty(0, dtype=dtype).element_size()
     if op == "copy":
@@ -107,6 +109,11 @@ def cost(op: str, shape: Mapping, dtype: torch.dtype, on_gpu: bool) -> tuple[int
     if op == "linear":
         N, D, E = shape["N"], shape["D"], shape["E"]
         return 3 * (N * D + D * E + N * E) * size, 6 * N * D * E
+    if op == "orthogonalise":
+        short, long = sorted((shape["R"], shape["C"]))
+        # A step: the Gram matrix, its square, and that times the matrix; the last two add to what they read.
+        moved = NEWTON_SCHULZ_STEPS * shape["B"] * (3 * short * long + 4 * short**2) * size
+        return moved, NEWTON_SCHULZ_STEPS * shape["B"] * (4 * short**2 * long + 2 * short**3)
     moved, flops = (count(**shape, dtype=dtype) for count in (CASE_OF[op].bytes_moved, CASE_OF[op].flops))
     if op == "attention" and on_gpu and max(shape["lengths"], default=0) > LONGEST_WHOLE_SEQUENCE:
         # Two kernels backward, which both make the scores and their gradient and read q, k, v and dout: seven products.
@@ -167,13 +174,37 @@ def microbatch_parts(config: TrainConfig, tokens: int) -> list[Part]:
 
 
 def update_parts(config: TrainConfig) -> list[Part]:
-    """What one update takes: AdamW, the gradient set to zero, and the moving average where there is one."""
-    parameters = parameter_count(config.model)
+    """What one update takes: AdamW, Muon's part of it, the gradient set to zero, and the moving average if any."""
+    parameters, hidden = parameter_count(config.model), muon_parameters(config)
     parts = [
-        Part("AdamW", "adamw", {"P": parameters}),
+        Part("AdamW", "adamw", {"P": parameters - hidden}),
         Part("zero gradient", "copy", {"bytes": 4 * parameters}),
     ]
+    if hidden:
+        # muon.py: unscale and clip 16 bytes a parameter, momentum 24, into and out of Newton-Schulz 16, the step 36
+        parts += [*muon_parts(config.model), Part("momentum, weights", "copy", {"bytes": 92 * hidden})]
     return parts + [Part("moving average", "copy", {"bytes": 12 * parameters})] * (config.ema_decay > 0)
+
+
+def muon_parts(model: ModelConfig) -> list[Part]:
+    """The hidden matrices, as Muon orthogonalises them: those that lie in one tensor together.
+
+    float16 is counted as if these products ran on tensor cores too; they run in float32, a percent of a large batch.
+    """
+    D, F, L = model.width, model.feedforward, model.layers
+    return [
+        Part("orthogonal qkv", "orthogonalise", {"B": 3, "R": D, "C": D}, L),
+        Part("orthogonal output", "orthogonalise", {"B": 1, "R": D, "C": D}, L + bool(model.head)),
+        Part("orthogonal gate", "orthogonalise", {"B": 2, "R": F, "C": D}, L),
+        Part("orthogonal second", "orthogonalise", {"B": 1, "R": D, "C": F}, L),
+    ]
+
+
+def muon_parameters(config: TrainConfig) -> int:
+    """How many parameters Muon updates."""
+    if config.optimizer != "muon":
+        return 0
+    return sum(part.count * math.prod(part.shape.values()) for part in muon_parts(config.model))
 
 
 def element_size(config: TrainConfig) -> int:

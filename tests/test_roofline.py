@@ -1,5 +1,6 @@
 """The predictions in docs/profiling.md: what the command prints, and what can be worked out by hand."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,21 @@ import torch
 from bench import fusion
 from bench.roofline import CARDS, bound, markdown
 from cramfast.errors import UserError
+from cramfast.footprint import state_bytes
 from cramfast.kernels.cases import CASES
-from cramfast.model import flops_per_token
+from cramfast.model import Encoder, flops_per_token
+from cramfast.muon import STACKED
 from cramfast.recipes import PRESETS, resolve
-from cramfast.roofline import Card, cost, find_card, microbatch_parts, parameter_count, update_parts
+from cramfast.roofline import (
+    Card,
+    cost,
+    find_card,
+    microbatch_parts,
+    muon_parameters,
+    muon_parts,
+    parameter_count,
+    update_parts,
+)
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "profiling.md"
 
@@ -86,6 +98,37 @@ def test_parts_of_a_model_with_local_layers():
     assert parts["local attention"].shape["window"] == 64 and "window" not in parts["attention"].shape
     assert parts["norms"].count == 17 and parts["norm, matrix, gate"].count == 15
     assert update_parts(config)[0].shape == {"P": parameter_count(config.model)}
+
+
+@pytest.mark.parametrize("preset", ["tiny", "base", "crammed_bert"])
+def test_muons_parts_are_its_matrices(preset):
+    """Shape by shape what FlatParameters puts before the embedding table, and AdamW has the rest."""
+    config = replace(PRESETS[preset]("cpu"), optimizer="muon", dtype="bfloat16")
+    with torch.device("meta"):
+        model = Encoder(config.model)
+    hidden = {name: p for name, p in model.named_parameters() if p.dim() == 2 and "embeddings" not in name}
+    expected = Counter()
+    for name, weight in hidden.items():
+        stacked = next((parts for suffix, parts in STACKED.items() if name.endswith(suffix)), 1)
+        expected[stacked, weight.shape[0] // stacked, weight.shape[1]] += 1
+    counted = Counter()
+    for part in muon_parts(config.model):
+        counted[tuple(part.shape[key] for key in "BRC")] += part.count
+    assert counted == expected
+    total = sum(weight.numel() for weight in hidden.values())
+    assert muon_parameters(config) == total
+    assert update_parts(config)[0].shape == {"P": parameter_count(config.model) - total}
+    adamw = replace(config, optimizer="adamw")
+    assert muon_parameters(adamw) == 0 and state_bytes(adamw) - state_bytes(config) == 4 * total
+
+
+def test_newton_schulz_by_hand():
+    """Of two matrices of 2 x 3: the Gram matrix, its square, and that times the matrix."""
+    shape = {"B": 2, "R": 3, "C": 2}
+    moved, flops = cost("orthogonalise", shape, torch.float32, True)
+    assert flops == 5 * 2 * 2 * (2 * 3 * 2 + 2 * 2 * 2 + 2 * 2 * 3)
+    # matrix to Gram matrix, that to the polynomial, both to the next matrix
+    assert moved == 5 * 2 * 4 * ((6 + 4) + (4 + 4) + (4 + 6 + 6))
 
 
 @pytest.mark.parametrize(
