@@ -68,11 +68,18 @@ OPTIONS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     "always [MASK]": changed(masking="all_mask"),
     "StableAdamW": changed(optimizer="stable_adamw"),
     "StableAdamW, no clip": changed(optimizer="stable_adamw", max_norm=0.0),
-    "Muon": changed(optimizer="muon"),
-    "Muon, lr x 3": lambda config: replace(config, optimizer="muon", lr=3 * config.lr),
-    "Muon, lr x 6": lambda config: replace(config, optimizer="muon", lr=6 * config.lr),
-    "Muon, lr x 3, triangle": lambda config: replace(config, optimizer="muon", lr=3 * config.lr, schedule="triangle"),
-    "Muon, lr x 6, triangle": lambda config: replace(config, optimizer="muon", lr=6 * config.lr, schedule="triangle"),
+    "Muon": changed(optimizer="muon", muon_rate=1.0),
+    "Muon x 3": changed(optimizer="muon", muon_rate=3.0),
+    "Muon x 6": changed(optimizer="muon", muon_rate=6.0),
+    "Muon, lr x 3": lambda config: replace(config, optimizer="muon", muon_rate=1.0, lr=3 * config.lr),
+    "Muon, lr x 6": lambda config: replace(config, optimizer="muon", muon_rate=1.0, lr=6 * config.lr),
+    "Muon, lr x 3, triangle": lambda config: replace(
+        config, optimizer="muon", muon_rate=1.0, lr=3 * config.lr, schedule="triangle"
+    ),
+    "Muon, lr x 6, triangle": lambda config: replace(
+        config, optimizer="muon", muon_rate=1.0, lr=6 * config.lr, schedule="triangle"
+    ),
+    "Muon x 3, triangle": changed(optimizer="muon", muon_rate=3.0, schedule="triangle"),
     "AdamW, lr / 2": lambda config: replace(config, lr=config.lr / 2),
     "AdamW, lr x 3": lambda config: replace(config, lr=3 * config.lr),
     "average 0.99": changed(ema_decay=0.99),

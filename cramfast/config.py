@@ -159,8 +159,9 @@ class TrainConfig:
     schedule: Literal["triangle", "one_cycle", "wsd", "linear", "cosine", "trapezoid"] = "wsd"
     """wsd: warm-up, stable, decay by 1 - sqrt; trapezoid is its former name."""
     optimizer: Literal["adamw", "stable_adamw", "muon"] = "adamw"
-    """stable_adamw: AdamW with update clipping; muon: Muon for the hidden matrices, AdamW for the rest,
-    whose best lr may be several times AdamW's."""
+    """stable_adamw: AdamW with update clipping; muon: Muon for the hidden matrices, AdamW for the rest."""
+    muon_rate: float = 3.0
+    """Muon's learning rate over lr; at 1 its updates are as large as AdamW's."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.98
@@ -231,7 +232,8 @@ class TrainConfig:
             f"batch_tokens={self.batch_tokens}",
             f"use at least microbatch_tokens={self.microbatch_tokens}",
         )
-        require(0 < self.lr < math.inf, f"lr={self.lr}", "use a finite value above 0")
+        for key in ("lr", "muon_rate"):
+            require(0 < getattr(self, key) < math.inf, f"{key}={getattr(self, key)}", "use a finite value above 0")
         require(0 <= self.seed < 2**63, f"seed={self.seed}", "use 0 or more")
         require(0 <= self.ramp_fraction <= 1, f"ramp_fraction={self.ramp_fraction}", "use 0 to 1")
         for key in ("beta1", "beta2"):

@@ -28,7 +28,9 @@ class Muon(AdamW):
     arXiv:2502.16982 (the scale).
     """
 
-    def __init__(self, flat: FlatParameters, **options):
+    def __init__(self, flat: FlatParameters, *, rate: float = 1.0, **options):
+        """rate: learning rate of the hidden matrices over that of the rest."""
+        self.rate = rate
         super().__init__(flat, begin=flat.hidden_end, **options)
         self.momentum = torch.zeros_like(flat.master[self.hidden.own])
         # float16 has too few exponents for the squares of small entries
@@ -50,7 +52,7 @@ class Muon(AdamW):
         flat, own = self.flat, self.hidden.own
         self.momentum.lerp_(gradient, (1.0 - MOMENTUM) * finite)
         direction = gradient.lerp_(self.momentum, MOMENTUM)
-        lr = self.scalars[0] * finite
+        lr = self.rate * self.scalars[0] * finite
         keep = 1.0 - lr * self.weight_decay
         views = zip(flat.views(flat.master[own], own.start), flat.views(direction, own.start), strict=True)
         for (name, weight), (_, direction_of_weight) in views:

@@ -72,8 +72,8 @@ def crammed_bert(device: str) -> TrainConfig:
 
 
 def cramfast(size: TrainConfig) -> TrainConfig:
-    """The best that the ablations in docs/log.md support; until there are any, the defaults of config.py."""
-    return replace(size, recipe="cramfast")
+    """The best that the ablations in docs/log.md support."""
+    return replace(size, recipe="cramfast", optimizer="muon")
 
 
 def crammed(size: TrainConfig) -> TrainConfig:
@@ -103,7 +103,7 @@ RECIPES = {recipe.__name__: recipe for recipe in (cramfast, crammed)}
 def starting_config(preset: str | None, recipe: str | None, device: str) -> TrainConfig:
     """The config of a preset by a recipe on "cpu" or "cuda".
 
-    No preset chooses base on a GPU and mini on a CPU; no recipe keeps that of the preset.
+    No preset chooses base on a GPU and mini on a CPU; no recipe is cramfast, and crammed for crammed_bert.
 
     Raises:
         UserError: no such preset or recipe, or crammed_bert by another recipe than its own.
@@ -112,12 +112,11 @@ def starting_config(preset: str | None, recipe: str | None, device: str) -> Trai
     for key, name, known in (("preset", preset, PRESETS), ("recipe", recipe, RECIPES)):
         if name and name not in known:
             raise UserError(f"{key}={name!r} does not exist — choose one of {', '.join(known)}")
-    config = PRESETS[preset](device)
-    if recipe in (None, config.recipe):
-        return config
     if preset == "crammed_bert":
-        raise UserError(f"preset=crammed_bert with recipe={recipe} is not possible — use --preset base")
-    return RECIPES[recipe](config)
+        if recipe == "cramfast":
+            raise UserError("preset=crammed_bert with recipe=cramfast is not possible — use --preset base")
+        return crammed_bert(device)
+    return RECIPES[recipe or "cramfast"](PRESETS[preset](device))
 
 
 def choose_device(asked: str) -> str:

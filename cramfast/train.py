@@ -30,12 +30,11 @@ from cramfast.loader import Batch, Source
 from cramfast.metrics import Display, MetricsLog, open_log
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model import Encoder
-from cramfast.muon import Muon
-from cramfast.optim import STEADY_STEPS, AdamW, FlatParameters, LossScale, StableAdamW
+from cramfast.optim import STEADY_STEPS, AdamW, LossScale
+from cramfast.optimizers import make_optimizer
 from cramfast.profiling import Profile
 
 SKIPS_IN_ROW = 20  # non-finite updates before the run gives up
-OPTIMIZERS = {"adamw": AdamW, "stable_adamw": StableAdamW, "muon": Muon}
 
 
 def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay, team: Team = ALONE) -> bool:
@@ -167,11 +166,7 @@ def start(config: TrainConfig, source: Source, clock: Clock, team: Team) -> tupl
     torch.manual_seed(config.seed)
     model = (Discriminator if config.objective == "rtd" else Encoder)(config.model).to(config.device)
     model.z_loss = config.z_loss
-    optimizer = OPTIMIZERS[config.optimizer](
-        FlatParameters(model, getattr(torch, config.dtype)), beta1=config.beta1, beta2=config.beta2,
-        eps=config.adam_eps, weight_decay=config.weight_decay, max_norm=config.max_norm, ema_decay=config.ema_decay,
-        team=team,
-    )  # fmt: skip
+    optimizer = make_optimizer(config, model, team)
     microbatch = Microbatch(model, optimizer, clock, capture_graph if graph_choice(config)[0] else None)
     most_masked = max(config.mask_fraction, config.mask_fraction_end)
     batch = to_device(source.batch(0, 0, most_masked), torch.device(config.device))

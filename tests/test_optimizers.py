@@ -12,7 +12,7 @@ from cramfast.feed import evaluate, heldout_batches
 from cramfast.model import Encoder
 from cramfast.muon import MOMENTUM, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, Muon, orthogonalised
 from cramfast.optim import AdamW, FlatParameters, StableAdamW
-from cramfast.train import OPTIMIZERS
+from cramfast.optimizers import OPTIMIZERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = {"vocab_size": 64, "layers": 2, "width": 64, "heads": 2, "feedforward": 96, "max_len": 32, "norm_bias": True}

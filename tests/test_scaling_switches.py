@@ -158,7 +158,7 @@ def test_every_claim_names_switches_that_combine():
         for claim in claims_of(TrainConfig(device=device, dtype="float32")):
             for names in (claim.on, claim.off):
                 variant = Variant(names)
-                assert issubclass(variant.encoder, Encoder) and issubclass(variant.optimizer("adamw"), AdamW)
+                assert issubclass(variant.encoder, Encoder) and issubclass(variant.optimizers["adamw"], AdamW)
     assert {name for claim in claims_of(TrainConfig(device="cuda", dtype="float16")) for name in claim.off} <= set(
         SWITCHES
     )

@@ -20,7 +20,7 @@ from cramfast.ledger import Clock, Ledger, Step
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model import Encoder
 from cramfast.optim import AdamW, FlatParameters, LossScale
-from cramfast.train import OPTIMIZERS
+from cramfast.optimizers import OPTIMIZERS
 
 pytestmark = pytest.mark.usefixtures("fake_text")
 TIMES = ("seconds", "tokens_per_s", "mfu")

@@ -13,7 +13,7 @@ from cramfast.kernels.linear import allow_half_accumulation
 from cramfast.ledger import Clock
 from cramfast.metrics import synchronize
 from cramfast.microbatch import Microbatch, capture_graph
-from cramfast.optim import FlatParameters
+from cramfast.optimizers import make_optimizer
 from cramfast.scaling.switches import Variant
 
 WARM_UPS = 2
@@ -37,10 +37,7 @@ class Stepper:
         torch.manual_seed(config.seed)
         self.model = variant.encoder(config.model).to(self.device)
         self.model.z_loss = config.z_loss
-        self.optimizer = variant.optimizer(config.optimizer)(
-            FlatParameters(self.model, getattr(torch, config.dtype)), beta1=config.beta1, beta2=config.beta2,
-            eps=config.adam_eps, weight_decay=config.weight_decay, max_norm=config.max_norm, ema_decay=config.ema_decay,
-        )  # fmt: skip
+        self.optimizer = make_optimizer(config, self.model, kinds=variant.optimizers)
         with variant.kernels(config.device):
             captured = microbatch.graph_choice(config)[0]
             self.microbatch = Microbatch(

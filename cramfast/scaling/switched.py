@@ -7,12 +7,14 @@ each of forty models would take a share of the hour.
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cramfast import train
 from cramfast.config import TrainConfig
 from cramfast.errors import command
 from cramfast.feed import evaluate, heldout_batches
+from cramfast.optimizers import make_optimizer
 from cramfast.scaling.switches import Variant
 
 HELDOUT_LENGTH = TrainConfig().sequence_len  # where a switch changes that of training
@@ -25,7 +27,7 @@ def install(variant: Variant) -> None:
     compare between variants.
     """
     train.Encoder = variant.encoder
-    train.OPTIMIZERS = train.OPTIMIZERS | {"adamw": variant.optimizer("adamw")}
+    train.make_optimizer = partial(make_optimizer, kinds=variant.optimizers)
 
     def source(config: TrainConfig, prepared: Path, microbatch_tokens: int):
         return variant.batches(replace(config, microbatch_tokens=microbatch_tokens), prepared)

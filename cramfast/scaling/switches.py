@@ -22,10 +22,9 @@ from cramfast.kernels import dispatch, reference
 from cramfast.kernels.linear import linear
 from cramfast.loader import BatchSource, Source
 from cramfast.model import Encoder
-from cramfast.muon import Muon
-from cramfast.optim import AdamW, StableAdamW
+from cramfast.optim import AdamW
+from cramfast.optimizers import OPTIMIZERS
 
-OPTIMIZERS = {"stable_adamw": StableAdamW, "muon": Muon}  # beside AdamW, as in train.py
 DROPOUT = 0.1  # BERT's
 LONG = 512  # BERT's sequence length
 
@@ -285,9 +284,10 @@ class Variant:
             seed=config.seed, masking=config.masking, order=config.order,
         )  # fmt: skip
 
-    def optimizer(self, name: str) -> type[AdamW]:
-        """The class that config.optimizer names, or what a switch puts in AdamW's place."""
-        return self._class("optimizer", AdamW) if name == "adamw" else OPTIMIZERS[name]
+    @property
+    def optimizers(self) -> dict[str, type[AdamW]]:
+        """The class behind each name of config.optimizer, with what a switch puts in AdamW's place."""
+        return {**OPTIMIZERS, "adamw": self._class("optimizer", AdamW)}
 
     @contextmanager
     def kernels(self, device: str) -> Iterator[None]:
