@@ -1,5 +1,8 @@
 """Each training option against the default, at equal tokens and at equal time: python -m bench.ablations --data TEXT.
 
+The default is a preset as it stands, with AdamW under warm-up, stable, decay; what of these runs is worth having makes
+the recipe `cramfast` (cramfast/recipes.py).
+
 Every option trains the same preset on the same text with the same seeds, for the same number of tokens; its worth is
 the difference of the held-out losses, seed by seed. Where its updates take another time, it trains once more, for as
 many tokens as fit into the time that the default took: tokens x median over the seeds of (seconds of the default /
@@ -35,7 +38,7 @@ from cramfast.allocator import keep_freed_memory
 from cramfast.budget import Budget
 from cramfast.config import TrainConfig, config_hash
 from cramfast.errors import UserError, command
-from cramfast.recipes import choose_device, crammed, resolve, starting_config
+from cramfast.recipes import choose_device, crammed, plain, resolve
 from cramfast.record import read_record, span
 from cramfast.scoretable import ScoreTable
 from cramfast.train import train
@@ -52,8 +55,8 @@ def changed(**values) -> Callable[[TrainConfig], TrainConfig]:
     return lambda config: replace(config, **values)
 
 
-# name -> the option as a function from the default's config; the default comes first. All train on the same prepared
-# text, so what an option says of curation counts for nothing here; of order, it counts.
+# name -> the option as a function from the default's config; the default, a preset by no recipe, comes first. All train
+# on the same prepared text, so what an option says of curation counts for nothing here; of order, it counts.
 OPTIONS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     DEFAULT: changed(),
     "crammed": crammed,
@@ -356,7 +359,7 @@ def main() -> None:
     """Prepare, estimate, train, print."""
     options = tyro.cli(Options, description=__doc__)
     names = chosen(options)
-    config = resolve(starting_config(options.preset, None, choose_device("auto")))
+    config = resolve(plain(options.preset, choose_device("auto")))
     prepared, config = stages.prepare_text(replace(config, data=options.data))
     with workers(options) as pool:
         plan, rows = open_results(options, config, prepared, pool)

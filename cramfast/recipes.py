@@ -3,15 +3,17 @@
 A preset is a function from the kind of device to a config; a recipe is a function from such a config to another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from cramfast.config import Curation, ModelConfig, TrainConfig
 from cramfast.errors import UserError
 
+T = TypeVar("T")
 Preset = Callable[[str], TrainConfig]
 PAPER_BATCH = 8192 * 128  # tokens
 
@@ -108,15 +110,31 @@ def starting_config(preset: str | None, recipe: str | None, device: str) -> Trai
     Raises:
         UserError: no such preset or recipe, or crammed_bert by another recipe than its own.
     """
-    preset = preset or ("base" if device == "cuda" else "mini")
-    for key, name, known in (("preset", preset, PRESETS), ("recipe", recipe, RECIPES)):
-        if name and name not in known:
-            raise UserError(f"{key}={name!r} does not exist — choose one of {', '.join(known)}")
-    if preset == "crammed_bert":
-        if recipe == "cramfast":
-            raise UserError("preset=crammed_bert with recipe=cramfast is not possible — use --preset base")
-        return crammed_bert(device)
-    return RECIPES[recipe or "cramfast"](PRESETS[preset](device))
+    size = plain(preset or ("base" if device == "cuda" else "mini"), device)
+    train_by = named("recipe", recipe or size.recipe, RECIPES)
+    if size.preset == "crammed_bert" and train_by is not crammed:
+        raise UserError(f"preset=crammed_bert with recipe={recipe} is not possible — use --preset base")
+    return size if size.preset == "crammed_bert" else train_by(size)
+
+
+def plain(preset: str, device: str) -> TrainConfig:
+    """The config of a preset by no recipe: AdamW under warm-up, stable, decay.
+
+    Raises:
+        UserError: no such preset.
+    """
+    return named("preset", preset, PRESETS)(device)
+
+
+def named(key: str, name: str, known: Mapping[str, T]) -> T:
+    """known[name]; `key` says in the error what was asked for.
+
+    Raises:
+        UserError: no such name.
+    """
+    if name not in known:
+        raise UserError(f"{key}={name!r} does not exist — choose one of {', '.join(known)}")
+    return known[name]
 
 
 def choose_device(asked: str) -> str:
