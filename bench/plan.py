@@ -22,7 +22,7 @@ from cramfast.ledger import Clock
 from cramfast.loader import Batch
 from cramfast.microbatch import Microbatch
 from cramfast.model import Encoder
-from cramfast.optim import AdamW, FlatParameters
+from cramfast.optimizers import make_optimizer
 from cramfast.recipes import resolve, starting_config
 from cramfast.roofline import microbatch_parts, update_parts
 
@@ -59,8 +59,7 @@ def measure(preset: str, tokens: int, options: Options, pipe) -> None:
     config = resolve(replace(starting_config(preset, None, "cpu"), device="cpu", microbatch_tokens=tokens))
     baseline = footprint.resident_bytes()
     model = Encoder(config.model)
-    flat = FlatParameters(model, getattr(torch, config.dtype))
-    optimizer = AdamW(flat, beta1=0.9, beta2=0.98, eps=1e-8, weight_decay=0.01, max_norm=0.5)
+    optimizer = make_optimizer(config, model)
     microbatch, batch = Microbatch(model, optimizer, Clock(torch.device("cpu"))), random_batch(config, tokens)
 
     def step() -> float:

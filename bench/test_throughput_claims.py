@@ -14,7 +14,7 @@ from bench import machine
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.prepare import prepare
-from cramfast.recipes import resolve, starting_config
+from cramfast.recipes import plain, resolve
 from cramfast.scaling.claims import claims_of, gain, measure
 
 ROUNDS, ROUND_S = 7, 2.0
@@ -28,7 +28,7 @@ def setting(request):
     from rich.table import Table
 
     device = machine.devices(request.config.getoption("--device"))[-1]
-    config = resolve(starting_config("small" if device == "cuda" else "mini", None, device))
+    config = resolve(plain("small" if device == "cuda" else "mini", device))
     table = Table(title=f"on {machine.description(device)['device']}, {config.dtype}", title_justify="left")
     for number, column in enumerate(("with it", "tokens/s", "tokens/s, times", "useful tokens/s, times")):
         table.add_column(column, justify="right" if number else "left")

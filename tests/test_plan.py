@@ -12,9 +12,10 @@ from cramfast.budget import Budget
 from cramfast.calibration import Efficiency
 from cramfast.config import to_json
 from cramfast.errors import UserError
+from cramfast.flat import FlatParameters
 from cramfast.forecast import forecast, read_law
 from cramfast.model import Encoder
-from cramfast.optim import FlatParameters
+from cramfast.optimizers import OPTIMIZERS, make_optimizer
 from cramfast.recipes import resolve, starting_config
 from cramfast.roofline import Card, Part, find_card, microbatch_parts, update_parts
 from cramfast.schedule import microbatches
@@ -91,10 +92,12 @@ def test_what_the_forward_pass_keeps(preset):
     assert loss.requires_grad and sum(held.values()) == pytest.approx(footprint.kept_bytes(config, 512), rel=0.02)
 
 
-def test_what_stays_between_steps(config):
-    flat = FlatParameters(Encoder(config.model), torch.bfloat16)
-    stays = sum(t.nbytes for t in (flat.master, flat.grad, flat.master, flat.master, flat.half))
-    half = replace(config, dtype="bfloat16")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_stays_between_steps(config, name):
+    half = replace(config, dtype="bfloat16", optimizer=name)
+    optimizer = make_optimizer(half, Encoder(half.model))
+    flat, moments = optimizer.flat, [buffer for buffer, _ in optimizer.buffers().values()]
+    stays = sum(t.nbytes for t in (flat.master, flat.grad, flat.half, *moments))
     assert footprint.state_bytes(half) == pytest.approx(stays, rel=1e-3)
     assert footprint.state_bytes(replace(half, ema_decay=0.999)) == pytest.approx(stays + flat.master.nbytes, rel=1e-3)
 

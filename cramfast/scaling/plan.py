@@ -15,7 +15,7 @@ from typing import Any
 
 from cramfast.config import ModelConfig, TrainConfig, flatten, require
 from cramfast.errors import UserError
-from cramfast.recipes import resolve, starting_config
+from cramfast.recipes import plain, resolve, starting_config
 
 REFERENCE_WIDTH = 256  # the preset mini
 
@@ -220,12 +220,14 @@ def expand(plan: Plan, data: Path, device: str, threads: int = 0, dtype: str = "
 
 
 def base_config(plan: Plan, device: str) -> TrainConfig:
-    """What all runs of a plan have in common: its preset with other values for some keys.
+    """What all runs of a plan have in common: its preset, by no recipe, with other values for some keys.
+
+    AdamW under warm-up, stable, decay: the shift test needs the plateau, and a claim is about AdamW's kernel.
 
     Raises:
         UserError: a key that it does not have, or that the plan sets itself.
     """
-    config = replace(starting_config(plan.preset, None, device), device=device)
+    config = replace(plain(plan.preset, device), device=device)
     own = {"model", "data", "budget", "seed", "lr", "preset", "device", "dtype", "threads", "curation", "recipe"}
     known = {f.name for f in fields(config)} - own
     for key in plan.settings:
