@@ -112,6 +112,8 @@ class Options:
     """Runs at the same time."""
     estimate: bool = False
     """Say how long it will take, and stop."""
+    show: bool = False
+    """Print the table of --results as it is, and stop."""
 
 
 @dataclass(frozen=True)
@@ -233,19 +235,28 @@ def open_results(options: Options, config: TrainConfig, prepared: Path, pool: Ex
         UserError: the file belongs to other runs.
     """
     if options.results.exists():
-        rows = read(options.results)
-        if not rows or "plan" not in rows[0]:
-            raise UserError(f"{options.results}: does not begin with a plan — choose another --results")
-        plan = Plan(**rows[0]["plan"])
+        plan, rows = read_results(options.results)
         for key, value in vars(make_plan(options.tokens or plan.tokens, plan.seconds, options, config)).items():
             if value != getattr(plan, key):
                 remedy = "choose another --results, or the values of before"
                 raise UserError(f"{options.results}: begun with {key}={getattr(plan, key)!r}, not {value!r} — {remedy}")
-        return plan, rows[1:]
+        return plan, rows
     plan = new_plan(options, config, prepared, pool)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     append(options.results, {"plan": vars(plan)} | machine.description())
     return plan, []
+
+
+def read_results(path: Path) -> tuple[Plan, list[dict]]:
+    """The plan and the finished runs.
+
+    Raises:
+        UserError: no such file, or another kind of file.
+    """
+    rows = read(path)
+    if not rows or "plan" not in rows[0]:
+        raise UserError(f"{path}: does not begin with a plan — choose another --results")
+    return Plan(**rows[0]["plan"]), rows[1:]
 
 
 def append(results: Path, row: dict) -> None:
@@ -358,6 +369,8 @@ def run_missing(
 def main() -> None:
     """Prepare, estimate, train, print."""
     options = tyro.cli(Options, description=__doc__)
+    if options.show:
+        return show(*read_results(options.results))
     names = chosen(options)
     config = resolve(plain(options.preset, choose_device("auto")))
     prepared, config = stages.prepare_text(replace(config, data=options.data))
@@ -368,6 +381,11 @@ def main() -> None:
             return
         run_missing(equal_tokens(names, plan, options.seeds), rows, options, config, prepared, pool)
         run_missing(equal_time(names, plan, options.seeds, rows), rows, options, config, prepared, pool)
+    show(plan, rows)
+
+
+def show(plan: Plan, rows: list[dict]) -> None:
+    """Print the table, for a person and as Markdown."""
     found = table(rows, plan)
     found.show(Console(width=130))
     print(f"\n{found.markdown()}")

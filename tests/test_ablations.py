@@ -54,6 +54,19 @@ def test_table_pairs_by_seed():
     assert cells["cosine"] == ["4.250 ± 0.000", "+0.150 ± 0.141", "+0.150 ± 0.141", "1.00×", "2"]
 
 
+def test_a_table_is_shown_from_its_file_alone(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    ablations.append(path, {"plan": vars(PLAN)})
+    for found in ROWS:
+        ablations.append(path, found)
+    monkeypatch.setattr("sys.argv", ["ablations", "--show", "--results", str(path)])
+    ablations.main()
+    assert ablations.table(ROWS, PLAN).markdown() in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["ablations", "--show", "--results", str(tmp_path / "none.jsonl")])
+    with pytest.raises(UserError, match=r"none\.jsonl: unreadable"):
+        ablations.main()
+
+
 def test_only_another_speed_is_run_again_for_as_many_tokens_as_fit():
     runs = list(ablations.equal_time([DEFAULT, "cosine", "Muon"], PLAN, 3, ROWS))
     assert runs == [Run("Muon", seed, TIME, 500) for seed in range(3)]
