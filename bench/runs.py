@@ -58,7 +58,7 @@ def gather(folder: Path) -> dict:
     rows = thinned(record.evaluations)
     return {
         "name": record.name,
-        **{key: record.config.get(key) for key in ("preset", "recipe", "seed", "budget", "dtype")},
+        **{key: record.config.get(key) for key in ("preset", "recipe", "optimizer", "seed", "budget", "dtype")},
         "parameters": record.parameters,
         **{key: record.last(key) for key in ("tokens", "flops", "seconds", "heldout_loss", "heldout_accuracy")},
         "steps": record.last("step"),
@@ -226,8 +226,8 @@ def made(run: dict) -> str:
     """Machine, versions and speed of a run, as an item of a list."""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return (
-        f"- {run['recipe']}: {run['device']}, {run['threads']} threads, {run['dtype']}; {versions}; budget "
-        f"{run['budget']}, seed {run['seed']}, {run['steps']:,.0f} updates, {short(run['tokens_per_s'])} tokens/s and "
+        f"- {run['recipe']}: {run['device']}, {run['threads']} threads, {run['dtype']}; {versions}; optimizer "
+        f"{run.get('optimizer', 'adamw')}, budget {run['budget']}, seed {run['seed']}, {run['steps']:,.0f} updates, {short(run['tokens_per_s'])} tokens/s and "
         f"MFU {run['mfu']:.0%} (medians)"
     )
 

@@ -11,9 +11,15 @@ the same command again. OUT then holds results.json, results.md and its picture;
   BUDGET    of each training run, as cramfast.train takes it          RECIPES   default "crammed cramfast"
   GLUE      folder of GLUE; default: glue, next to the folder of CORPUS  TASKS     default "cola rte mrpc sts-b sst-2"
   BLIMP     file of BLiMP; default: blimp/blimp.jsonl.xz beside it    PAIRS     of each paradigm; default 0, all
-  CURATION  flags; default "--curation.duplicates near --curation.max-tokens-per-char 0.3"
+  CURATION  flags; default "--curation.duplicates near --curation.max-tokens-per-char 0.3"; 0.25 for 32,768 words
   JOBS      runs at the same time, one thread each if above 1; default 2 on a CPU, for the same weather, 1 on a GPU
-  SETTINGS  further flags of cramfast.train'
+  SETTINGS  further flags of cramfast.train
+
+On a GPU, both recipes for 20 minutes each and every task of a partial GLUE:
+  PRESET=base BUDGET=20m TASKS="rte mrpc sts-b cola sst-2 qnli-nqg qqp-lite mnli-lite" scripts/real_run.sh CORPUS OUT
+Its rehearsal on a CPU, in minutes:
+  PRESET=base BUDGET=2steps SEEDS=1 PAIRS=2 TASKS="rte mrpc" SETTINGS="--model.layers 2 --model.width 64 --model.heads 1
+  --model.feedforward 64 --microbatch-tokens 4096 --batch-tokens 4096 --heldout-tokens 8192" scripts/real_run.sh TEXT OUT'
 
 if (($# != 2)) || [[ $1 == -* ]]; then echo "$USAGE"; [[ ${1:-} == --help ]]; exit; fi
 CORPUS=$(realpath "$1")
@@ -24,8 +30,9 @@ JOBS=${JOBS:-$("$PYTHON" -c 'import torch; print(1 if torch.cuda.is_available() 
 RECIPES=${RECIPES:-crammed cramfast} TASKS=${TASKS:-cola rte mrpc sts-b sst-2} PAIRS=${PAIRS:-0}
 [[ -d $CORPUS ]] && BESIDE=$CORPUS/.. || BESIDE=$(dirname "$CORPUS")/..
 GLUE=$(realpath "${GLUE:-$BESIDE/glue}") BLIMP=$(realpath "${BLIMP:-$BESIDE/blimp/blimp.jsonl.xz}")
-CURATION=${CURATION:---curation.duplicates near --curation.max-tokens-per-char 0.3} SETTINGS=${SETTINGS:-}
 VOCAB=$("$PYTHON" -c "from cramfast.recipes import PRESETS; print(PRESETS['$PRESET']('cpu').model.vocab_size)")
+((VOCAB >= 32768)) && LIMIT=0.25 || LIMIT=0.3
+CURATION=${CURATION:---curation.duplicates near --curation.max-tokens-per-char $LIMIT} SETTINGS=${SETTINGS:-}
 TEXTS=("$CORPUS")
 if [[ -d $CORPUS ]]; then mapfile -t TEXTS < <(find "$CORPUS" -maxdepth 1 -name '*.xz' ! -name 'small.*' | sort); fi
 
