@@ -227,8 +227,8 @@ def made(run: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return (
         f"- {run['recipe']}: {run['device']}, {run['threads']} threads, {run['dtype']}; {versions}; optimizer "
-        f"{run.get('optimizer', 'adamw')}, budget {run['budget']}, seed {run['seed']}, {run['steps']:,.0f} updates, {short(run['tokens_per_s'])} tokens/s and "
-        f"MFU {run['mfu']:.0%} (medians)"
+        f"{run.get('optimizer', 'adamw')}, budget {run['budget']}, seed {run['seed']}, {run['steps']:,.0f} updates, "
+        f"{short(run['tokens_per_s'])} tokens/s and MFU {run['mfu']:.0%} (medians)"
     )
 
 

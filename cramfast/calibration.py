@@ -13,8 +13,8 @@ import cramfast.kernels
 from cramfast.kernels.cases import on_device, training_pass
 from cramfast.kernels.cross_entropy import CHUNK_BYTES
 from cramfast.metrics import measure_copy_bandwidth, measure_matmul_peak
-from cramfast.muon import orthogonalised
-from cramfast.roofline import CASE_OF, Card, Part, bound, cost
+from cramfast.muon import orthogonalised, product_dtype
+from cramfast.roofline import CASE_OF, ORTHOGONALISE, Card, Part, bound, cost
 from cramfast.runfolder import cpu_name
 from cramfast.stopwatch import Stopwatch, Work, interleaved
 
@@ -51,7 +51,7 @@ def fewer_rows(part: Part, share: float, dtype: torch.dtype) -> Part:
 
     Sequences are kept whole, and so are Muon's matrices and, where there are several, the loss's chunks of logits.
     """
-    if share >= 1 or part.op == "orthogonalise":
+    if share >= 1 or part.op in ORTHOGONALISE.values():
         return part
     key = {"adamw": "P", "cross_entropy": "M", "attention": "lengths"}.get(part.op, "N")
     whole = part.shape[key]
@@ -67,8 +67,8 @@ def fewer_rows(part: Part, share: float, dtype: torch.dtype) -> Part:
 
 def work(part: Part, device: str, dtype: torch.dtype) -> Work:
     """The part forward and backward, on random inputs."""
-    if part.op == "orthogonalise":
-        x_BRC = torch.randn(*(part.shape[key] for key in "BRC"), device=device).to(dtype)
+    if part.op in ORTHOGONALISE.values():
+        x_BRC = torch.randn(*(part.shape[key] for key in "BRC"), device=device).to(product_dtype(dtype))
         return lambda: orthogonalised(x_BRC)
     if part.op != "linear":
         case = CASE_OF[part.op]

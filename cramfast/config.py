@@ -160,8 +160,8 @@ class TrainConfig:
     """wsd: warm-up, stable, decay by 1 - sqrt; trapezoid is its former name."""
     optimizer: Literal["adamw", "stable_adamw", "muon"] = "adamw"
     """stable_adamw: AdamW with update clipping; muon: Muon for the hidden matrices, AdamW for the rest."""
-    muon_rate: float = 3.0
-    """Muon's learning rate over lr; at 1 its updates are as large as AdamW's."""
+    muon_rate: float = 1.0
+    """Muon's learning rate over lr; at 1 its updates are as large as AdamW's, and runs of minutes do better at 3."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.98

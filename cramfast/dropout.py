@@ -23,7 +23,7 @@ def dropout(x: Tensor, rate: float) -> Tensor:
     """
     if x.device.type != "cpu":
         return F.dropout(x, rate)
-    dropped = round(rate * STEPS)
+    dropped = min(round(rate * STEPS), STEPS - 1)
     factor = torch.tensor(STEPS / (STEPS - dropped), dtype=x.dtype)
     kind = UNSIGNED[x.element_size()]
     factor_N = torch.empty(x.shape, dtype=x.dtype)

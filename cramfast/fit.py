@@ -1,4 +1,4 @@
-"""The largest microbatch that the memory holds, found by halving."""
+"""The largest of a microbatch, its half, its quarter, ... that the memory holds."""
 
 import gc
 import sys

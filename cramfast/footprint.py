@@ -42,9 +42,18 @@ def working_bytes(config: TrainConfig, tokens: int) -> int:
     return tokens * max(3 * F + 4 * D, 6 * D) * element_size(config) + CHUNK_BYTES
 
 
+def update_bytes(config: TrainConfig) -> int:
+    """What comes and goes in Muon's update: the hidden matrices' gradient, unscaled and then clipped."""
+    return 8 * muon_parameters(config)
+
+
 def training_bytes(config: TrainConfig, tokens: int, baseline: int) -> int:
-    """Peak memory of training with microbatches of `tokens`; `baseline` is what is taken before a model is there."""
-    return baseline + state_bytes(config) + kept_bytes(config, tokens) + working_bytes(config, tokens)
+    """Peak memory of training with microbatches of `tokens`; `baseline` is what is taken before a model is there.
+
+    The memory of a CUDA graph serves nothing else; on a CPU, update and pass use the same.
+    """
+    passing, update = kept_bytes(config, tokens) + working_bytes(config, tokens), update_bytes(config)
+    return baseline + state_bytes(config) + (passing + update if config.device == "cuda" else max(passing, update))
 
 
 def largest_microbatch(config: TrainConfig, memory_bytes: int, baseline: int) -> int:

@@ -88,7 +88,9 @@ def comparisons(
         if not record.steps or not record.config or not of_card(card, record.run.get("device", "")):
             continue
         theirs = from_json(TrainConfig, record.config, str(path.parent / "config.json"))
-        same = all(getattr(theirs, key) == getattr(config, key) for key in ("model", "dtype", "sequence_len"))
+        same = all(
+            getattr(theirs, key) == getattr(config, key) for key in ("model", "dtype", "optimizer", "sequence_len")
+        )
         if same and (card.capability or record.run.get("threads") == torch.get_num_threads()):
             found.append(comparison(record, theirs, card, efficiencies))
     return found

@@ -19,9 +19,9 @@ NEWTON_SCHULZ_STEPS = 5
 class Muon(AdamW):
     """A hidden matrix moves by the orthogonal factor of its Nesterov momentum; AdamW updates everything else.
 
-    Updates are scaled by 0.2 sqrt(longer side), which gives them the size of AdamW's: one learning rate and one weight
-    decay serve both. Clip, loss scale, skipped updates and the half-precision copy are as in AdamW; the numbers agree
-    with torch.optim.Muon (adjust_lr_fn="match_rms_adamw"), which cannot leave an update out without a look at the
+    Updates are scaled by 0.2 sqrt(longer side), which gives them the size of AdamW's, and by `rate`, as is the weight
+    decay of these matrices. Clip, loss scale, skipped updates and the half-precision copy are as in AdamW; the numbers
+    agree with torch.optim.Muon (adjust_lr_fn="match_rms_adamw"), which cannot leave an update out without a look at the
     device and multiplies in bfloat16 on processors that have none.
 
     Sources: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al.,
@@ -33,8 +33,7 @@ class Muon(AdamW):
         self.rate = rate
         super().__init__(flat, begin=flat.hidden_end, **options)
         self.momentum = torch.zeros_like(flat.master[self.hidden.own])
-        # float16 has too few exponents for the squares of small entries
-        self.dtype = torch.bfloat16 if flat.half is not None and flat.half.dtype == torch.bfloat16 else torch.float32
+        self.dtype = product_dtype(torch.float32 if flat.half is None else flat.half.dtype)
 
     def update(self) -> None:
         factor, norm = self.gradient_factor()
@@ -67,6 +66,11 @@ class Muon(AdamW):
     def buffers(self) -> dict[str, tuple[Tensor, list[Part]]]:
         """AdamW's, and the momentum of the hidden matrices."""
         return super().buffers() | {"momentum": (self.momentum, [self.hidden])}
+
+
+def product_dtype(stored: torch.dtype) -> torch.dtype:
+    """What Newton-Schulz multiplies in; float16 has too few exponents for the squares of small entries."""
+    return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
 
 
 def orthogonalised(x_BRC: Tensor) -> Tensor:

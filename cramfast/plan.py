@@ -76,6 +76,8 @@ def parse(args: list[str] | None = None) -> Arguments:
         prog="python -m cramfast.plan",
     )
     config = arguments.config
+    require(config.objective == "mlm", f"a plan for --objective {config.objective}", "leave it out: it is not counted")
+    require(config.short_sequence_len == 0, "a plan for --short-sequence-len", "leave it out: it is not counted")
     if arguments.gpu is None:
         return replace(arguments, config=resolve(config))
     card = find_card(arguments.gpu)

@@ -13,10 +13,11 @@ from cramfast.config import ModelConfig, TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels.cases import CASES, ragged_lengths
 from cramfast.model import Encoder
-from cramfast.muon import NEWTON_SCHULZ_STEPS
+from cramfast.muon import NEWTON_SCHULZ_STEPS, product_dtype
 
 TENSOR_CORE_OPERATORS = ("linear", "layernorm_glu", "attention", "cross_entropy", "orthogonalise")
 LONGEST_WHOLE_SEQUENCE = 128  # attention_short_max of csrc/attention_forms.h: beyond it a GPU takes the tiled form
+ORTHOGONALISE = {torch.bfloat16: "orthogonalise", torch.float32: "orthogonalise, float32"}  # by muon.product_dtype
 CASE_OF = {case.op: case for case in CASES}
 
 
@@ -101,7 +102,8 @@ def cost(op: str, shape: Mapping, dtype: torch.dtype, on_gpu: bool) -> tuple[int
     """(bytes, FLOPs) of an operator forward and backward, as our implementation does it.
 
     Besides those that have a Case: "linear" {N, D, E}, three products of x (N, D) and a weight (E, D), "orthogonalise"
-    {B, R, C}, Muon's five Newton-Schulz steps on B matrices (R, C), and "copy" {bytes}.
+    {B, R, C}, Muon's five Newton-Schulz steps on B matrices (R, C) in bfloat16, the same in float32 under another name,
+    and "copy" {bytes}.
     """
     size = torch.empty(0, dtype=dtype).element_size()
     if op == "copy":
@@ -109,7 +111,8 @@ def cost(op: str, shape: Mapping, dtype: torch.dtype, on_gpu: bool) -> tuple[int
     if op == "linear":
         N, D, E = shape["N"], shape["D"], shape["E"]
         return 3 * (N * D + D * E + N * E) * size, 6 * N * D * E
-    if op == "orthogonalise":
+    if op in ORTHOGONALISE.values():
+        size = 2 if op == ORTHOGONALISE[torch.bfloat16] else 4
         short, long = sorted((shape["R"], shape["C"]))
         # A step: the Gram matrix, its square, and that times the matrix; the last two add to what they read.
         moved = NEWTON_SCHULZ_STEPS * shape["B"] * (3 * short * long + 4 * short**2) * size
@@ -182,21 +185,19 @@ def update_parts(config: TrainConfig) -> list[Part]:
     ]
     if hidden:
         # muon.py: unscale and clip 16 bytes a parameter, momentum 24, into and out of Newton-Schulz 16, the step 36
-        parts += [*muon_parts(config.model), Part("momentum, weights", "copy", {"bytes": 92 * hidden})]
+        parts += [*muon_parts(config), Part("momentum, weights", "copy", {"bytes": 92 * hidden})]
     return parts + [Part("moving average", "copy", {"bytes": 12 * parameters})] * (config.ema_decay > 0)
 
 
-def muon_parts(model: ModelConfig) -> list[Part]:
-    """The hidden matrices, as Muon orthogonalises them: those that lie in one tensor together.
-
-    float16 is counted as if these products ran on tensor cores too; they run in float32, a percent of a large batch.
-    """
+def muon_parts(config: TrainConfig) -> list[Part]:
+    """The hidden matrices, as Muon orthogonalises them: those that lie in one tensor together."""
+    model, op = config.model, ORTHOGONALISE[product_dtype(getattr(torch, config.dtype))]
     D, F, L = model.width, model.feedforward, model.layers
     return [
-        Part("orthogonal qkv", "orthogonalise", {"B": 3, "R": D, "C": D}, L),
-        Part("orthogonal output", "orthogonalise", {"B": 1, "R": D, "C": D}, L + bool(model.head)),
-        Part("orthogonal gate", "orthogonalise", {"B": 2, "R": F, "C": D}, L),
-        Part("orthogonal second", "orthogonalise", {"B": 1, "R": D, "C": F}, L),
+        Part("orthogonal qkv", op, {"B": 3, "R": D, "C": D}, L),
+        Part("orthogonal output", op, {"B": 1, "R": D, "C": D}, L + bool(model.head)),
+        Part("orthogonal gate", op, {"B": 2, "R": F, "C": D}, L),
+        Part("orthogonal second", op, {"B": 1, "R": D, "C": F}, L),
     ]
 
 
@@ -204,7 +205,7 @@ def muon_parameters(config: TrainConfig) -> int:
     """How many parameters Muon updates."""
     if config.optimizer != "muon":
         return 0
-    return sum(part.count * math.prod(part.shape.values()) for part in muon_parts(config.model))
+    return sum(part.count * math.prod(part.shape.values()) for part in muon_parts(config))
 
 
 def element_size(config: TrainConfig) -> int:

@@ -266,3 +266,14 @@ def test_evaluation_and_checkpoint_give_the_average(tmp_path, fake_text):
     assert rows(plain, "heldout_loss")[-1]["heldout_loss"] != pytest.approx(loss, rel=1e-3)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, averaged[f"ema.{name}"]) and not torch.equal(parameter, trained[name])
+
+
+def test_muons_rate_moves_the_hidden_matrices_alone():
+    plain, faster = (optimizer_of(Muon, rate=rate, weight_decay=0.0) for rate in (1.0, 3.0))
+    before, end = plain.flat.master.clone(), plain.flat.hidden_end
+    for optimizer in (plain, faster):
+        fill_gradient(optimizer.flat, 0)
+        optimizer.step(1e-2, LOSS, 1)
+    moved, further = (optimizer.flat.master - before for optimizer in (plain, faster))
+    assert moved[:end].abs().max() > 1e-3 and torch.equal(moved[end:], further[end:])
+    assert torch.allclose(3 * moved[:end], further[:end], atol=1e-6)

@@ -17,7 +17,7 @@ from cramfast.forecast import forecast, read_law
 from cramfast.model import Encoder
 from cramfast.optimizers import OPTIMIZERS, make_optimizer
 from cramfast.recipes import resolve, starting_config
-from cramfast.roofline import Card, Part, find_card, microbatch_parts, update_parts
+from cramfast.roofline import Card, Part, find_card, microbatch_parts, muon_parameters, update_parts
 from cramfast.schedule import microbatches
 
 CPU = Card("some processor", 2e10, 1e11, 1e11, 8 << 30, None, "a test")
@@ -232,6 +232,21 @@ def test_precision_follows_the_card():
     assert plan.parse(["--gpu", "A6000"]).config.dtype == "bfloat16"
     with pytest.raises(UserError, match="use --dtype float16"):
         plan.parse(["--gpu", "T4", "--dtype", "bfloat16"])
+
+
+@pytest.mark.parametrize("flags", [("--objective", "rtd"), ("--short-sequence-len", "64")])
+def test_what_is_not_counted_is_refused(flags):
+    with pytest.raises(UserError, match=f"{flags[0]}.*not counted"):
+        plan.parse(["--gpu", "T4", *flags])
+
+
+def test_memory_of_muons_update_lies_beside_that_of_a_graph(config):
+    muon = replace(config, optimizer="muon", device="cuda")
+    pass_bytes = footprint.kept_bytes(muon, 512) + footprint.working_bytes(muon, 512)
+    hidden = 8 * muon_parameters(muon)
+    assert footprint.training_bytes(muon, 512, 7) == 7 + footprint.state_bytes(muon) + pass_bytes + hidden
+    on_cpu = replace(muon, device="cpu")
+    assert footprint.training_bytes(on_cpu, 512, 7) == 7 + footprint.state_bytes(muon) + max(pass_bytes, hidden)
 
 
 def printed(capsys, *flags):

@@ -16,6 +16,7 @@ from cramfast.model import Encoder, flops_per_token
 from cramfast.muon import STACKED
 from cramfast.recipes import PRESETS, resolve
 from cramfast.roofline import (
+    ORTHOGONALISE,
     Card,
     cost,
     find_card,
@@ -112,7 +113,7 @@ def test_muons_parts_are_its_matrices(preset):
         stacked = next((parts for suffix, parts in STACKED.items() if name.endswith(suffix)), 1)
         expected[stacked, weight.shape[0] // stacked, weight.shape[1]] += 1
     counted = Counter()
-    for part in muon_parts(config.model):
+    for part in muon_parts(config):
         counted[tuple(part.shape[key] for key in "BRC")] += part.count
     assert counted == expected
     total = sum(weight.numel() for weight in hidden.values())
@@ -125,10 +126,19 @@ def test_muons_parts_are_its_matrices(preset):
 def test_newton_schulz_by_hand():
     """Of two matrices of 2 x 3: the Gram matrix, its square, and that times the matrix."""
     shape = {"B": 2, "R": 3, "C": 2}
-    moved, flops = cost("orthogonalise", shape, torch.float32, True)
+    moved, flops = cost("orthogonalise", shape, torch.bfloat16, True)
     assert flops == 5 * 2 * 2 * (2 * 3 * 2 + 2 * 2 * 2 + 2 * 2 * 3)
     # matrix to Gram matrix, that to the polynomial, both to the next matrix
-    assert moved == 5 * 2 * 4 * ((6 + 4) + (4 + 4) + (4 + 6 + 6))
+    assert moved == 5 * 2 * 2 * ((6 + 4) + (4 + 4) + (4 + 6 + 6))
+    assert cost(ORTHOGONALISE[torch.float32], shape, torch.float16, True) == (2 * moved, flops)
+
+
+def test_float16_has_its_products_of_muon_in_float32():
+    card = find_card("RTX 2080 Ti")
+    for dtype, by in (("float16", "float32 units"), ("bfloat16", "tensor cores")):
+        config = replace(PRESETS["base"]("cuda"), optimizer="muon", dtype=dtype)
+        for part in muon_parts(config):
+            assert bound(card, part.op, *cost(part.op, part.shape, torch.float16, True)).by == by
 
 
 @pytest.mark.parametrize(
