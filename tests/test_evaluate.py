@@ -272,6 +272,21 @@ def test_rate_of_the_protocol():
         schedule.step()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0}, {"batch": 0}, {"lr": 0.0}, {"lr": float("inf")}, {"warmup": 1.1}, {"warmup": float("nan")},
+        {"max_len": 7}, {"dropout": 1.0}, {"dropout": -0.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_protocols_that_are_refused(wrong):
+    ((key, value),) = wrong.items()
+    with pytest.raises(UserError, match=f"^{key}={value} is not possible — use "):
+        finetune.Protocol(**wrong)
+    finetune.Protocol(epochs=1, batch=1, warmup=1.0, max_len=8, dropout=0.0)
+
+
 @pytest.mark.parametrize(("first", "second"), [(3, 3), (10, 2), (2, 10), (10, 10), (5, 7), (0, 20)])
 def test_pairs_are_cut_as_tokenizers_cuts_them(first, second):
     pieces = [list(range(first)), list(range(100, 100 + second))]
