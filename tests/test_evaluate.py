@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -435,6 +436,53 @@ def test_own_task(tmp_path, run, monkeypatch, capsys):
     train.write_text("first\tmood\n" + "".join(f"x\t{i / 7}\n" for i in range(20)))
     with pytest.raises(UserError, match="use --metric pearson"):
         owntask.read_pair(train, dev, (), "mood", False, False)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("mood.tsv", "mood"), ("mood.tsv.xz", "mood"), ("mood/train.tsv", "mood"), ("mood/train.tsv.gz", "mood"),
+     ("train.tsv", "here"), ("/train.tsv", "train")],
+)  # fmt: skip
+def test_names_of_own_tasks(tmp_path, monkeypatch, file, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert owntask.default_name(Path(file)) == name
+
+
+def test_own_tasks_lie_beside_each_other(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run", tiny_config())
+    rows = "text\tlabel\n" + "".join(f"{SENTENCES[i]}\t{i % 2}\n" for i in range(8))
+    for task in ("mood", "topic"):
+        (tmp_path / task).mkdir()
+        for part in ("train", "dev"):
+            (tmp_path / task / f"{part}.tsv").write_text(rows)
+
+    def evaluate(task, *words):
+        files = (tmp_path / task / "train.tsv", tmp_path / task / "dev.tsv")
+        common = ("--metric", "accuracy", "--seeds", 1, "--epochs", 1, "--threads", 1, "--dtype", "float32")
+        command(monkeypatch, capsys, "task", run, "--task-file", *files, *common, *words)
+
+    evaluate("mood")
+    evaluate("topic")
+    evaluate("topic", "--name", "short")
+    written = {path.stem: json.loads(path.read_text())["tasks"] for path in (run / "evaluations").iterdir()}
+    assert {stem: list(tasks) for stem, tasks in written.items()} == {
+        f"task-{name}": [name] for name in ("mood", "topic", "short")
+    }
+    for name in ("", "a/b"):
+        with pytest.raises(UserError, match=f"name='{name}' is not possible"):
+            evaluate("mood", "--name", name)
+
+
+def test_scores_of_two_exports_lie_beside_each_other(exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs = pairs_file(tmp_path / "b.jsonl")
+    for parent in ("a", "b"):
+        Path(parent).mkdir()
+        edit_config(exported, tmp_path / parent / "hf")
+        command(monkeypatch, capsys, "blimp", f"{parent}/hf", "--data", pairs, "--threads", 1)
+    models = {path.name: json.loads(path.read_text())["model"]["name"] for path in tmp_path.glob("*.json")}
+    assert models == {"a-hf.blimp.json": "a/hf", "b-hf.blimp.json": "b/hf"}
 
 
 def test_a_cut_off_evaluation_goes_on(tmp_path, monkeypatch, capsys):

@@ -5,18 +5,19 @@ from pathlib import Path
 
 from cramfast import atomic, modelcard, report
 from cramfast.errors import UserError
+from cramfast.evaluate.checkpoints import name_of
 from cramfast.evaluate.masked import MaskedModel
 from cramfast.record import EVALUATIONS, read_json, read_record
 from cramfast.scoretable import ScoreTable
 
 
 def path_of(model: MaskedModel, name: str, out: Path | None) -> Path:
-    """--out, or RUN/evaluations/NAME.json; for a folder that is no run, ./FOLDER.NAME.json."""
+    """--out, or RUN/evaluations/NAME.json; for a folder that is no run, ./FOLDER.NAME.json, or ./RUN-hf.NAME.json."""
     if out is not None:
         return out
     if model.run_dir is not None:
         return model.run_dir / EVALUATIONS / f"{name}.json"
-    return Path(f"{model.folder.resolve().name}.{name}.json")
+    return Path(f"{name_of(model.folder).replace('/', '-')}.{name}.json")
 
 
 def write(path: Path, result: dict, table: ScoreTable) -> None:
