@@ -13,7 +13,8 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from cramfast import checkpoint
 from cramfast.errors import UserError
 from cramfast.evaluate import __main__ as commandline
-from cramfast.evaluate import blimp, checkpoints, examples, finetune, jobs, masked, owntask, perplexity, scores
+from cramfast.evaluate import blimp, checkpoints, examples, finetune, glue, jobs, masked, owntask, perplexity, scores
+from cramfast.evaluate.tasks import TASKS
 from cramfast.export import export
 from cramfast.record import read_record
 
@@ -485,16 +486,17 @@ def test_scores_of_two_exports_lie_beside_each_other(exported, tmp_path, monkeyp
     assert models == {"a-hf.blimp.json": "a/hf", "b-hf.blimp.json": "b/hf"}
 
 
-def test_a_cut_off_evaluation_goes_on(tmp_path, monkeypatch, capsys):
-    """Seed by seed: what comes out is what an evaluation in one go gives."""
+@pytest.mark.parametrize(("seeds", "cut"), [(3, 4), (2, 4), (1, 2)])
+def test_a_cut_off_evaluation_goes_on(tmp_path, monkeypatch, capsys, seeds, cut):
+    """From the fit of two tasks in which it was cut off; what comes out is what an evaluation in one go gives."""
     run, data = make_run(tmp_path / "run", tiny_config()), write_glue(tmp_path / "glue")
-    common = ("--data", data, "--tasks", "cola", "rte", "--seeds", 3, "--threads", 1, "--dtype", "float32")
+    common = ("--data", data, "--tasks", "cola", "rte", "--seeds", seeds, "--threads", 1, "--dtype", "float32")
     command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "whole.json")
     plain, fits = jobs.fit, []
 
     def cut_off(*args):
         fits.append(args)
-        if len(fits) == 4:  # of six: two seeds of the first task and one of the second are done
+        if len(fits) == cut:
             raise KeyboardInterrupt
         return plain(*args)
 
@@ -502,10 +504,55 @@ def test_a_cut_off_evaluation_goes_on(tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "cut.json")
     command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "cut.json")
-    assert len(fits) == 4 + 3
+    assert len(fits) == 2 * seeds + 1
     whole, cut = (json.loads((tmp_path / name).read_text())["tasks"] for name in ("whole.json", "cut.json"))
     for entry in (*whole.values(), *cut.values()):
         entry.pop("seconds")
     assert whole == cut
     command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "cut.json")
-    assert len(fits) == 7 + 6  # a finished one is made anew
+    assert len(fits) == 4 * seeds + 1  # a finished one is made anew
+
+
+def test_scores_of_other_tasks_stay(tmp_path, monkeypatch, capsys):
+    """Under the same protocol with any number of seeds; of another protocol or precision they go, and not unsaid."""
+    run, data, out = make_run(tmp_path / "run", tiny_config()), write_glue(tmp_path / "glue"), tmp_path / "glue.json"
+
+    def evaluate(task, seeds, dtype="float32"):
+        words = ("--data", data, "--tasks", task, "--seeds", seeds, "--threads", 1, "--dtype", dtype, "--out", out)
+        return command(monkeypatch, capsys, "glue", run, *words)
+
+    def stored():
+        return json.loads(out.read_text())
+
+    evaluate("cola", 2)
+    cola = stored()["tasks"]["cola"]
+    out.write_text(json.dumps(stored() | {"settings": stored()["settings"] | {"seeds": 2}}))  # once noted
+    said = evaluate("rte", 1)
+    assert "puts aside" not in said and "The tasks have unequal numbers of seeds." in said
+    assert stored()["tasks"]["cola"] == cola and stored()["tasks"]["rte"]["seeds"] == [0]
+    said = evaluate("rte", 2)
+    assert "unequal" not in said and "seed 1:" in said and "seed 0:" not in said
+    said = evaluate("rte", 1, "bfloat16")
+    note = "puts aside the scores of cola, rte (dtype=torch.float32, now torch.bfloat16) — another --out keeps them"
+    assert said.count(note) == 1 and said.index(note) < said.index("seed 0") and set(stored()["tasks"]) == {"rte"}
+    out.write_text(json.dumps(stored() | {"settings": stored()["settings"] | {"epochs": 9}}))
+    assert "scores of rte (epochs=9, now 5)" in evaluate("cola", 1, "bfloat16")
+    assert set(stored()["tasks"]) == {"cola"}
+
+
+def test_a_mean_of_some_tasks_is_called_partial(model):
+    def shown(*names):
+        tasks = [TASKS[name] for name in names]
+        entries = {
+            task.name: {
+                "metric": task.metric, "remark": "", "left_out_rows": 0, "seeds": [0, 1, 2],
+                "scores": {examples.dev_name(task, split): [0.5, 0.6, 0.7] for split in task.dev},
+            }
+            for task in tasks
+        }  # fmt: skip
+        entries[names[0]]["seeds"] = [0]
+        return glue.glue_table(model, "cramming", entries)
+
+    some, every = shown("cola", "mnli"), shown(*TASKS)
+    assert some.rows[-1][:3] == ["partial mean, 3 of the 9 numbers", "", "60.00"]
+    assert every.rows[-1][0] == "mean of the 9 numbers" and "The tasks have unequal numbers of seeds." in every.notes
