@@ -439,6 +439,26 @@ def test_own_task(tmp_path, run, monkeypatch, capsys):
         owntask.read_pair(train, dev, (), "mood", False, False)
 
 
+def test_cola_says_what_it_needs(tmp_path, run, monkeypatch, capsys):
+    data = write_glue(tmp_path / "glue")
+    with pytest.raises(UserError, match=r"^--data hf:nyu-mll/glue: not read here — give a folder .*CoLA/dev\.tsv"):
+        command(monkeypatch, capsys, "cola", run, "--data", "hf:nyu-mll/glue")
+    with pytest.raises(UserError, match="no CoLA scores") as raised:
+        command(monkeypatch, capsys, "cola", run, "--data", data)
+    hint = str(raised.value).split("run python -m cramfast.evaluate ")[1]
+    assert hint == f"glue {run} --data {data} --tasks cola"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("cola", "hf:NAME, which is not read here"), ("glue", "Cut off, mnli-start never goes on"), ("task", "--name")],
+)
+def test_help_says_what_is_not_obvious(monkeypatch, capsys, name, said):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, capsys, name, "--help")
+    assert said in " ".join(word for word in capsys.readouterr().out.split() if word != "│")
+
+
 @pytest.mark.parametrize(
     ("file", "name"),
     [("mood.tsv", "mood"), ("mood.tsv.xz", "mood"), ("mood/train.tsv", "mood"), ("mood/train.tsv.gz", "mood"),

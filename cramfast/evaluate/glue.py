@@ -79,7 +79,8 @@ class Arguments:
     tasks: tuple[str, ...] = tuple(TASKS)
     """Tasks; NAME-lite and NAME-nqg are stand-ins from folders so called, marked unofficial."""
     protocol: Literal["cramming", "mnli-start"] = "cramming"
-    """cramming: the paper's, every task from the pretrained weights; mnli-start: RTE, MRPC, STS-B from MNLI's."""
+    """cramming: the paper's, every task from the pretrained weights; mnli-start: RTE, MRPC, STS-B from MNLI's.
+    Cut off, mnli-start never goes on: the same command starts from the first fit."""
     seeds: int = 5
     """Fits of each task, with seeds 0, 1, ..."""
     skip_malformed: bool = False
