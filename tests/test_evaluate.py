@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from cramfast import checkpoint
 from cramfast.errors import UserError
 from cramfast.evaluate import __main__ as commandline
-from cramfast.evaluate import blimp, checkpoints, examples, finetune, jobs, masked, owntask, perplexity, scores
+from cramfast.evaluate import blimp, checkpoints, examples, finetune, masked, owntask, perplexity, scores
 from cramfast.export import export
 from cramfast.record import read_record
 
@@ -272,6 +272,21 @@ def test_rate_of_the_protocol():
         schedule.step()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0}, {"batch": 0}, {"lr": 0.0}, {"lr": float("inf")}, {"warmup": 1.1}, {"warmup": float("nan")},
+        {"max_len": 7}, {"dropout": 1.0}, {"dropout": -0.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_protocols_that_are_refused(wrong):
+    ((key, value),) = wrong.items()
+    with pytest.raises(UserError, match=f"^{key}={value} is not possible — use "):
+        finetune.Protocol(**wrong)
+    finetune.Protocol(epochs=1, batch=1, warmup=1.0, max_len=8, dropout=0.0)
+
+
 @pytest.mark.parametrize(("first", "second"), [(3, 3), (10, 2), (2, 10), (10, 10), (5, 7), (0, 20)])
 def test_pairs_are_cut_as_tokenizers_cuts_them(first, second):
     pieces = [list(range(first)), list(range(100, 100 + second))]
@@ -422,27 +437,21 @@ def test_own_task(tmp_path, run, monkeypatch, capsys):
         owntask.read_pair(train, dev, (), "mood", False, False)
 
 
-def test_a_cut_off_evaluation_goes_on(tmp_path, monkeypatch, capsys):
-    """Seed by seed: what comes out is what an evaluation in one go gives."""
-    run, data = make_run(tmp_path / "run", tiny_config()), write_glue(tmp_path / "glue")
-    common = ("--data", data, "--tasks", "cola", "rte", "--seeds", 3, "--threads", 1, "--dtype", "float32")
-    command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "whole.json")
-    plain, fits = jobs.fit, []
+def test_cola_says_what_it_needs(tmp_path, run, monkeypatch, capsys):
+    data = write_glue(tmp_path / "glue")
+    with pytest.raises(UserError, match=r"^--data hf:nyu-mll/glue: not read here — give a folder .*CoLA/dev\.tsv"):
+        command(monkeypatch, capsys, "cola", run, "--data", "hf:nyu-mll/glue")
+    with pytest.raises(UserError, match="no CoLA scores") as raised:
+        command(monkeypatch, capsys, "cola", run, "--data", data)
+    hint = str(raised.value).split("run python -m cramfast.evaluate ")[1]
+    assert hint == f"glue {run} --data {data} --tasks cola"
 
-    def cut_off(*args):
-        fits.append(args)
-        if len(fits) == 4:  # of six: two seeds of the first task and one of the second are done
-            raise KeyboardInterrupt
-        return plain(*args)
 
-    monkeypatch.setattr(jobs, "fit", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "cut.json")
-    command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "cut.json")
-    assert len(fits) == 4 + 3
-    whole, cut = (json.loads((tmp_path / name).read_text())["tasks"] for name in ("whole.json", "cut.json"))
-    for entry in (*whole.values(), *cut.values()):
-        entry.pop("seconds")
-    assert whole == cut
-    command(monkeypatch, capsys, "glue", run, *common, "--out", tmp_path / "cut.json")
-    assert len(fits) == 7 + 6  # a finished one is made anew
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("cola", "hf:NAME, which is not read here"), ("glue", "Cut off, mnli-start never goes on"), ("task", "--name")],
+)
+def test_help_says_what_is_not_obvious(monkeypatch, capsys, name, said):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, capsys, name, "--help")
+    assert said in " ".join(word for word in capsys.readouterr().out.split() if word != "│")

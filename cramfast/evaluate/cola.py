@@ -16,7 +16,7 @@ import tyro
 from cramfast.errors import UserError
 from cramfast.evaluate import results
 from cramfast.evaluate.blimp import ParadigmScore, by_category
-from cramfast.evaluate.examples import column_of, find_file, read_glue, read_rows
+from cramfast.evaluate.examples import HUB, column_of, find_file, read_glue, read_rows
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.scores import accuracy, matthews
 from cramfast.evaluate.tasks import TASKS
@@ -172,7 +172,8 @@ class Arguments:
     run_dir: tyro.conf.Positional[Path]
     """Run folder with evaluations/glue-cramming.json."""
     data: Path
-    """The GLUE folder that it was scored on."""
+    """The folder in GLUE's original layout that it was scored on, or one of the same sentences where that was hf:NAME,
+    which is not read here."""
     annotations: Path | None = None
     """Tab-separated phenomena of the development sentences: a column `sentence` and columns of 0 and 1."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
@@ -185,12 +186,13 @@ class Arguments:
         Raises:
             UserError: no CoLA scores in the run, or of other data.
         """
+        if str(self.data).startswith(HUB):
+            raise UserError(f"--data {self.data}: not read here — give a folder that holds CoLA/dev.tsv")
         scored = self.run_dir / EVALUATIONS / "glue-cramming.json"
         stored = read_json(scored)
         if "cola" not in stored.get("tasks", {}):
-            raise UserError(
-                f"{scored}: no CoLA scores — run python -m cramfast.evaluate glue {self.run_dir} --tasks cola"
-            )
+            glue = f"python -m cramfast.evaluate glue {self.run_dir} --data {self.data} --tasks cola"
+            raise UserError(f"{scored}: no CoLA scores — run {glue}")
         seeds = [list(map(int, predicted)) for predicted in stored["tasks"]["cola"]["predictions"]["cola"]]
         path = find_file(self.data / TASKS["cola"].folder / "dev")
         examples = read_glue(path, TASKS["cola"])

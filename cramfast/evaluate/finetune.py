@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cramfast.config import require
 from cramfast.evaluate.checkpoints import Checkpoint
 from cramfast.evaluate.examples import Examples
 from cramfast.model import Encoder
@@ -34,6 +35,14 @@ class Protocol:
     dropout: float = 0.1
     """Of the normalised embedding, of the output of every attention and feed-forward block before it joins the
     stream, and of the pooled vector before the classifier; attention weights are not dropped."""
+
+    def __post_init__(self):
+        for key in ("epochs", "batch"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}", "use 1 or more")
+        require(0 < self.lr < math.inf, f"lr={self.lr}", "use a finite value above 0")
+        require(0 <= self.warmup <= 1, f"warmup={self.warmup}", "use 0 to 1")
+        require(self.max_len >= 8, f"max_len={self.max_len}", "use 8 or more")
+        require(0 <= self.dropout < 1, f"dropout={self.dropout}", "use 0 up to, not including, 1")
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of update `step` of `steps`, the first being 0, as transformers' cosine schedule has it."""

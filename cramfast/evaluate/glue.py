@@ -37,6 +37,8 @@ def glue_table(model: Checkpoint, name: str, stored: dict[str, dict]) -> ScoreTa
         rows.append([label, "", f"{statistics.fmean(official):.2f}", *[""] * (len(COLUMNS) - 3)])
         if not whole:
             notes.append("A partial mean does not compare with published GLUE means.")
+    if len({len(entry["seeds"]) for entry in stored.values()}) > 1:
+        notes.append("The tasks have unequal numbers of seeds.")
     if any(entry["remark"] for entry in stored.values()):
         notes.append("Rows marked unofficial are on other data than GLUE's; no mean holds them, no paper reports them.")
     if name == "mnli-start":
@@ -63,7 +65,11 @@ def prepare_job(model: Checkpoint, task: Task, data: str, protocol: Protocol, sk
 
 @dataclass(frozen=True)
 class Arguments:
-    """Fine-tune on GLUE tasks and score their development sets."""
+    """Fine-tune on GLUE tasks and score their development sets.
+
+    Scores are added to those of other tasks under the same protocol. After a cut-off, the same command leaves finished
+    tasks as they are and goes on with the others after their last seed; once all are finished, it measures them anew.
+    """
 
     model: tyro.conf.Positional[Path]
     """Run folder, or a Hugging Face ModernBERT folder."""
@@ -73,7 +79,8 @@ class Arguments:
     tasks: tuple[str, ...] = tuple(TASKS)
     """Tasks; NAME-lite and NAME-nqg are stand-ins from folders so called, marked unofficial."""
     protocol: Literal["cramming", "mnli-start"] = "cramming"
-    """cramming: the paper's, every task from the pretrained weights; mnli-start: RTE, MRPC, STS-B from MNLI's."""
+    """cramming: the paper's, every task from the pretrained weights; mnli-start: RTE, MRPC, STS-B from MNLI's.
+    Cut off, mnli-start never goes on: the same command starts from the first fit."""
     seeds: int = 5
     """Fits of each task, with seeds 0, 1, ..."""
     skip_malformed: bool = False
@@ -98,13 +105,11 @@ class Arguments:
         if self.protocol == "mnli-start":
             prepared = [_marked(job, prepared[0]) for job in prepared]
         device, dtype = self.machine.resolve()
-        settings = {"protocol": self.protocol, "seeds": self.seeds, "dtype": str(dtype), **asdict(protocol)}
+        settings = {"protocol": self.protocol, "dtype": str(dtype), **asdict(protocol)}
         path = results.path_of(model, f"glue-{self.protocol}", self.out)
-        before = results.earlier(path, model, settings).get("tasks", {})
-        begun = {job.name for job in prepared if self._begun(job, before)}
-        stored = {
-            name: entry for name, entry in before.items() if name in begun or name not in {j.name for j in prepared}
-        }
+        before = results.earlier(console, path, model, settings)
+        anew = self._measured_anew(prepared, before)
+        stored = {name: entry for name, entry in before.items() if name not in anew}
         for seed in range(self.seeds):
             tuned = model.encoder
             for job in prepared:
@@ -122,14 +127,15 @@ class Arguments:
         shown.show(console)
         results.announce(console, path, model, self.out)
 
-    def _begun(self, job: Job, before: dict[str, dict]) -> bool:
-        """Whether an earlier evaluation of this job was cut off between two seeds, so that this one goes on with it.
+    def _measured_anew(self, prepared: list[Job], before: dict[str, dict]) -> set[str]:
+        """The tasks that start from seed 0: those without scores on this data, or all if nothing was cut off.
 
-        Not with an MNLI start, where a seed needs the encoder that was tuned on MNLI with the same seed.
+        All with an MNLI start too, where a seed needs the encoder that was tuned on MNLI with the same seed.
         """
-        entry = before.get(job.name)
-        unfinished = entry is not None and len(entry["seeds"]) < self.seeds
-        return unfinished and self.protocol == "cramming" and entry["rows"] == job.rows
+        names = {job.name for job in prepared}
+        begun = {job.name for job in prepared if before.get(job.name, {}).get("rows") == job.rows}
+        finished = begun == names and all(len(before[name]["seeds"]) >= self.seeds for name in names)
+        return names if finished or self.protocol == "mnli-start" else names - begun
 
 
 def _marked(job: Job, mnli: Job) -> Job:

@@ -74,6 +74,12 @@ def read_pair(
     return found[0], found[1], classes
 
 
+def default_name(train: Path) -> str:
+    """What a task is called: as its training file without endings, or as the folder of one that is called train."""
+    stem = train.name.split(".")[0]
+    return stem if stem != "train" else train.resolve().parent.name or stem
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Fine-tune on tab-separated files of yours and score the second.
@@ -88,6 +94,9 @@ class Arguments:
     metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
     """pearson and spearman: regression, the label is a number; f1: of the second label in sorted order, or the mean
     over more than two."""
+    name: str | None = None
+    """What tables and files call the task, whose earlier scores are overwritten; by default as the training file, or as
+    its folder where the file is called train."""
     text: tuple[str, ...] = ()
     """One or two text columns; by default all but the label's."""
     label: str = "label"
@@ -99,7 +108,7 @@ class Arguments:
     """Leave out rows that cannot be used, and count them, instead of stopping."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=lambda: Machine(dtype="auto"))
     out: Path | None = None
-    """JSON to write; by default evaluations/task-NAME.json in the run folder, NAME being the training file's."""
+    """JSON to write; by default evaluations/task-NAME.json in the run folder."""
 
     def run(self, console) -> None:
         """Fine-tune, print, write.
@@ -108,10 +117,11 @@ class Arguments:
             UserError: bad data or model.
         """
         require(self.seeds >= 1, f"seeds={self.seeds}", "use 1 or more")
+        name = default_name(self.task_file[0]) if self.name is None else self.name
+        require(name != "" and "/" not in name, f"name={name!r}", "use a --name without slashes")
         regression = self.metric in REGRESSION
         train, dev, classes = read_pair(*self.task_file, self.text, self.label, regression, self.skip_malformed)
         model = load(self.model)
-        name = self.task_file[0].name.split(".")[0]
         job = jobs.make_job(model, self.protocol, name, len(classes), self.metric, train, {name: dev}, "own task")
         device, dtype = self.machine.resolve()
         stored: dict[str, dict] = {}

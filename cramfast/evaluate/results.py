@@ -5,18 +5,19 @@ from pathlib import Path
 
 from cramfast import atomic, modelcard, report
 from cramfast.errors import UserError
+from cramfast.evaluate.checkpoints import name_of
 from cramfast.evaluate.masked import MaskedModel
 from cramfast.record import EVALUATIONS, read_json, read_record
 from cramfast.scoretable import ScoreTable
 
 
 def path_of(model: MaskedModel, name: str, out: Path | None) -> Path:
-    """--out, or RUN/evaluations/NAME.json; for a folder that is no run, ./FOLDER.NAME.json."""
+    """--out, or RUN/evaluations/NAME.json; for a folder that is no run, ./FOLDER.NAME.json, or ./RUN-hf.NAME.json."""
     if out is not None:
         return out
     if model.run_dir is not None:
         return model.run_dir / EVALUATIONS / f"{name}.json"
-    return Path(f"{model.folder.resolve().name}.{name}.json")
+    return Path(f"{name_of(model.folder).replace('/', '-')}.{name}.json")
 
 
 def write(path: Path, result: dict, table: ScoreTable) -> None:
@@ -40,11 +41,20 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}) — choose another --out") from None
 
 
-def earlier(path: Path, model: MaskedModel, settings: dict) -> dict:
-    """The result in `path` if it is of this model under these settings, to be extended; else {}."""
+def earlier(console, path: Path, model: MaskedModel, settings: dict) -> dict[str, dict]:
+    """The tasks in `path`, to be extended; {} where they are of another model or under another one of `settings`.
+
+    Which tasks those are, and what differs, is printed: the next `write` to `path` drops them.
+    """
     stored = read_json(path)
-    same = stored.get("model") == model.description() and stored.get("settings") == settings
-    return stored if same else {}
+    found, wanted = stored.get("model", {}) | stored.get("settings", {}), model.description() | settings
+    different = [f"{key}={found.get(key)}, now {value}" for key, value in wanted.items() if found.get(key) != value]
+    tasks = stored.get("tasks", {})
+    if not tasks or not different:
+        return tasks
+    note = f"{path}: puts aside the scores of {', '.join(tasks)} ({'; '.join(different)}) — another --out keeps them"
+    console.print(note, markup=False, highlight=False, soft_wrap=True)
+    return {}
 
 
 def publish(model: MaskedModel) -> list[Path]:
