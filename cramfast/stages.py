@@ -8,7 +8,8 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from cramfast import checkpoint, demo, export, kernelchoice, prepare, report
-from cramfast.config import TrainConfig
+from cramfast.commandline import Request
+from cramfast.config import TrainConfig, flatten
 from cramfast.curation import summary
 from cramfast.distributed import Team
 from cramfast.errors import UserError
@@ -56,16 +57,25 @@ def print_team(config: TrainConfig, team: Team) -> None:
     print(f"  {'processes':<14} {team.world:<10} {reason}{uneven}", flush=True)
 
 
-def as_prepared(config: TrainConfig) -> TrainConfig:
-    """The config with what its prepared folder says of the text, if its data are one; the record must not say else."""
-    if len(config.data) != 1 or not is_prepared(Path(config.data[0])):
+def as_prepared(request: Request) -> TrainConfig:
+    """The config with what its prepared folder says of the text, if its data are one; the record must not say else.
+
+    Raises:
+        UserError: a flag asks for another curation than the folder's; a recipe that does gets a note.
+    """
+    config = request.config
+    if len(config.data) != 1 or not is_prepared(folder := Path(config.data[0])):
         return config
-    manifest = read_manifest(Path(config.data[0]))
-    keys = [key for key in ("tokenizer", "heldout_fraction", "documents", "text_key") if key in manifest]
-    if changed := [key for key in keys if manifest[key] != getattr(config, key)]:
-        told = ", ".join(f"{key}={manifest[key]}" for key in changed)
-        print(f"note: {config.data[0]} was prepared with {told}, and stays so")
-    return replace(config, **{key: manifest[key] for key in keys})
+    manifest = read_manifest(folder)
+    keys = ("tokenizer", "heldout_fraction", "documents", "text_key")
+    told = {key: manifest[key] for key in keys if key in manifest}
+    if not request.resuming:  # a run that recorded another curation, as older ones do, keeps its record
+        prepare.check_curation(folder, config.curation, request.curation_flags)
+        told["curation"] = prepare.curation_of(folder)
+    prepared, asked = replace(config, **told), flatten(config)
+    if changed := [f"{key}={value}" for key, value in flatten(prepared).items() if value != asked[key]]:
+        print(f"note: {folder} was prepared with {', '.join(changed)}, and stays so")
+    return prepared
 
 
 def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:

@@ -255,7 +255,7 @@ def main() -> None:
 def carry_out(request: Request, team: Team) -> None:
     """What the command line asks for, in this process of the team; process 0 does all but the training."""
     team.run_dir = request.run_dir
-    config = stages.as_prepared(request.config)
+    config = stages.as_prepared(request)
     team.use(config.device)
     if threads := config.threads or team.threads:
         torch.set_num_threads(threads)
