@@ -16,7 +16,8 @@ from cramfast.errors import UserError
 from cramfast.microbatch import graph_choice
 from cramfast.prepared import is_prepared, read_manifest
 from cramfast.progress import Stages
-from cramfast.record import Record, read_record, span
+from cramfast.record import Record, read_record, short, span
+from cramfast.roofline import parameter_count
 
 
 def choose_kernels(config: TrainConfig, followed: Path | None = None) -> None:
@@ -101,10 +102,22 @@ def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
     for line in summary(read_manifest(prepared)):
         print(line)
     size = Tokenizer.from_file(str(prepared / "tokenizer.json")).get_vocab_size()
-    if size != config.model.vocab_size:
+    fitted = replace(config, model=replace(config.model, vocab_size=size))
+    if fitted != config:
         print(f"the tokenizer has {size} entries: model.vocab_size={size}")
-        config = replace(config, model=replace(config.model, vocab_size=size))
-    return prepared, config
+        print(larger_model(config, fitted), end="")
+    return prepared, fitted
+
+
+def larger_model(asked: TrainConfig, fitted: TrainConfig) -> str:
+    """A line where a prepared vocabulary makes the model larger than the one that was asked for; else nothing."""
+    if fitted.model.vocab_size <= asked.model.vocab_size or asked.tokenizer not in ("wordpiece", "bpe"):
+        return ""
+    before, after = (short(parameter_count(config.model)) for config in (asked, fitted))
+    return (
+        f"note: that makes {after} parameters instead of {before} — for the smaller model, prepare the text with "
+        f"--vocab-size {asked.model.vocab_size}\n"
+    )
 
 
 def publish(run_dir: Path) -> None:

@@ -23,6 +23,7 @@ from cramfast.config import Curation, read_config, to_json
 from cramfast.corpus import Corpus
 from cramfast.curation import Curator
 from cramfast.errors import UserError, command
+from cramfast.model import Encoder
 from cramfast.prepare import prepare
 from cramfast.prepared import PreparedText, read_manifest, verify
 from cramfast.progress import Stages
@@ -238,6 +239,21 @@ def test_a_run_on_a_prepared_folder_records_how_that_was_prepared(tmp_path, caps
 def asked(data, *flags):
     """The request of a tiny run on this text."""
     return parse(["--preset", "tiny", "--device", "cpu", "--data", str(data), *flags])
+
+
+def test_a_vocabulary_larger_than_the_presets_is_said_with_its_price(tmp_path, capsys):
+    data = write_text(tmp_path / "a.txt")
+    small = ("--model.vocab-size", "64")
+    request = asked(prepare((data,), tmp_path / "out", **OPTIONS), *small)
+    size = stages.prepare_text(stages.as_prepared(request))[1].model.vocab_size
+    before, after = (sum(p.numel() for p in Encoder(replace(request.config.model, vocab_size=n)).parameters())
+                     for n in (64, size))  # fmt: skip
+    assert f"note: that makes {after / 1e3:.0f} k parameters instead of {before / 1e3:.0f} k — for the smaller " \
+           "model, prepare the text with --vocab-size 64\n" in capsys.readouterr().out  # fmt: skip
+    stages.prepare_text(asked(data).config)  # raw text yields fewer than were asked for
+    given = asked(data, *small, "--tokenizer", str(tmp_path / "out" / "tokenizer.json"))
+    stages.prepare_text(given.config)
+    assert "model.vocab_size=" in (said := capsys.readouterr().out) and "note:" not in said
 
 
 CURATED = Curation(duplicates="near", max_tokens_per_char=0.9)
