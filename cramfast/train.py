@@ -248,7 +248,7 @@ def choose_budget(request: Request) -> Budget | Replay:
 
 def main() -> None:
     """The command line: every stage, with its progress, from text to an exported model."""
-    with distributed.team() as team:
+    with distributed.team(checkpoint.newest) as team:
         carry_out(team.first(parse), team)
 
 
