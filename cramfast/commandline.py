@@ -35,12 +35,17 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for, with every "auto" resolved."""
+    """What the command line asks for, with every "auto" resolved.
+
+    Attributes:
+        curation_flags: keys of the curation that flags name; the others are a recipe's, or a run's.
+    """
 
     config: TrainConfig
     run_dir: Path
     resuming: bool
     replay: Path | None
+    curation_flags: tuple[str, ...]
 
 
 def parse(args: list[str] | None = None) -> Request:
@@ -52,7 +57,7 @@ def parse(args: list[str] | None = None) -> Request:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--device", "--resume", "--replay", "--run-dir"):
         early.add_argument(flag, *({"--run_dir"} if flag == "--run-dir" else ()), nargs="?")
-    first, _ = early.parse_known_args(args)
+    first, others = early.parse_known_args(args)
     if first.resume and first.replay:
         raise UserError("--resume with --replay: a replay is a new run — use one of them")
     resume = first.resume or ("auto" if distributed.restarted() else None)
@@ -77,7 +82,9 @@ def parse(args: list[str] | None = None) -> Request:
     run_dir = resumed or arguments.run_dir or new_name(config.preset)
     if not resumed and (run_dir / "config.json").exists():
         raise UserError(f"{run_dir}: holds a run already — go on with --resume {run_dir}, or choose another --run-dir")
-    return Request(config, run_dir, resumed is not None, arguments.replay)
+    names = [word.partition("=")[0].replace("-", "_") for word in others if word.startswith("--curation.")]
+    curation_flags = tuple(name.removeprefix("__curation.") for name in names)
+    return Request(config, run_dir, resumed is not None, arguments.replay, curation_flags)
 
 
 def located(config: TrainConfig) -> TrainConfig:

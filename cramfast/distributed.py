@@ -89,9 +89,11 @@ class Processes(Team):
     Attributes:
         local_rank, local_world: as rank and world, on this machine.
         hosts: the gloo group of the host numbers; its exchanges may overtake those of tensors.
+        newest: gives the newest checkpoint in a run's folder, or None, for messages.
     """
 
-    def __init__(self):
+    def __init__(self, newest: Callable[[Path], Path | None]):
+        self.newest = newest
         store, self.rank, self.world = next(rendezvous("env://"))
         # torchrun's store outlives a restart, and with it the addresses of processes that are gone
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -191,11 +193,17 @@ class Processes(Team):
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = str(error).rpartition("] ")[2].split(". ")[0].strip()
-            where = f" in {self.run_dir}" if self.run_dir else ""
             raise UserError(
-                f"another process of this run has ended ({reason}), so all do; the newest checkpoint{where} is "
-                f"intact — go on with --resume {self.run_dir or 'FOLDER'}"
+                f"another process of this run has ended ({reason}), so all do; {self.what_stays()}"
             ) from error
+
+    def what_stays(self) -> str:
+        """What the run's folder holds, and how to go on."""
+        if self.run_dir and self.newest(self.run_dir):
+            return f"the newest checkpoint in {self.run_dir} is intact — go on with --resume {self.run_dir}"
+        if self.run_dir and (self.run_dir / "config.json").exists():  # by now the same command would find it taken
+            return f"no checkpoint was written yet — begin again with --resume {self.run_dir}"
+        return "training had not begun — give the same command again"
 
     def speaks_first(self) -> bool:
         """Whether no other process has asked this before."""
@@ -227,12 +235,15 @@ class Processes(Team):
 
 
 @contextlib.contextmanager
-def team() -> Iterator[Team]:
-    """The processes that torchrun started this one among, or this one alone; only process 0 prints inside."""
+def team(newest: Callable[[Path], Path | None]) -> Iterator[Team]:
+    """The processes that torchrun started this one among, or this one alone; only process 0 prints inside.
+
+    `newest` is checkpoint.newest, whose module is built on this one.
+    """
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
-    with Processes() as processes, silenced(processes.rank > 0):
+    with Processes(newest) as processes, silenced(processes.rank > 0):
         yield processes
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cramfast import docstrings
-from cramfast.config import Curation
+from cramfast.config import Curation, from_json
 from cramfast.corpus import Corpus, Documents, find_files
 from cramfast.curation import Curator, summary
 from cramfast.errors import UserError, command
@@ -93,7 +93,8 @@ def prepare(
     if len(data) == 1 and is_prepared(Path(data[0])):
         if (Path(data[0]) / "config.json").exists():
             raise UserError(f"{data[0]}: a run, which keeps no text — name the text, or go on with --resume {data[0]}")
-        _check_curation(Path(data[0]), curation)
+        if curation != Curation():
+            check_curation(Path(data[0]), curation, tuple(asdict(curation)))
         verify(Path(data[0]))  # reads it all once: a folder that was moved or edited must not fail in mid-run
         return Path(data[0])
     if not data:
@@ -121,14 +122,26 @@ def prepare(
     return folder
 
 
-def _check_curation(folder: Path, curation: Curation) -> None:
-    """Raise UserError where a prepared folder is to be curated in another way than it was."""
-    prepared = read_manifest(folder).get("curation", {})
-    for key, value in asdict(curation).items():
-        if curation != Curation() and prepared.get(key, getattr(Curation(), key)) != value:
+def curation_of(folder: Path) -> Curation:
+    """How a prepared folder was curated; what its manifest does not name was off.
+
+    Raises:
+        UserError: a manifest that is damaged, or of another version.
+    """
+    stored = read_manifest(folder).get("curation", {})
+    values = {key: value for key, value in stored.items() if key != "dropped"}
+    return from_json(Curation, values, f"{folder / 'manifest.json'}: curation")
+
+
+def check_curation(folder: Path, curation: Curation, keys: tuple[str, ...]) -> None:
+    """Raise UserError where one of these keys asks that a prepared folder be curated in another way than it was."""
+    prepared = curation_of(folder)
+    for key in keys:
+        asked, there = getattr(curation, key), getattr(prepared, key)
+        if asked != there:
             raise UserError(
-                f"curation.{key}={value} with {folder}, which was prepared with another — name the text itself, or "
-                "leave the value as it was prepared"
+                f"curation.{key}={asked} with {folder}, which was prepared with another, {there} — name the text "
+                "itself, or leave the value as it was prepared"
             )
 
 

@@ -8,14 +8,16 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from cramfast import checkpoint, demo, export, kernelchoice, prepare, report
-from cramfast.config import TrainConfig
+from cramfast.commandline import Request
+from cramfast.config import TrainConfig, flatten
 from cramfast.curation import summary
 from cramfast.distributed import Team
 from cramfast.errors import UserError
 from cramfast.microbatch import graph_choice
 from cramfast.prepared import is_prepared, read_manifest
 from cramfast.progress import Stages
-from cramfast.record import Record, read_record, span
+from cramfast.record import Record, read_record, short, span
+from cramfast.roofline import parameter_count
 
 
 def choose_kernels(config: TrainConfig, followed: Path | None = None) -> None:
@@ -56,16 +58,25 @@ def print_team(config: TrainConfig, team: Team) -> None:
     print(f"  {'processes':<14} {team.world:<10} {reason}{uneven}", flush=True)
 
 
-def as_prepared(config: TrainConfig) -> TrainConfig:
-    """The config with what its prepared folder says of the text, if its data are one; the record must not say else."""
-    if len(config.data) != 1 or not is_prepared(Path(config.data[0])):
+def as_prepared(request: Request) -> TrainConfig:
+    """The config with what its prepared folder says of the text, if its data are one; the record must not say else.
+
+    Raises:
+        UserError: a flag asks for another curation than the folder's; a recipe that does gets a note.
+    """
+    config = request.config
+    if len(config.data) != 1 or not is_prepared(folder := Path(config.data[0])):
         return config
-    manifest = read_manifest(Path(config.data[0]))
-    keys = [key for key in ("tokenizer", "heldout_fraction", "documents", "text_key") if key in manifest]
-    if changed := [key for key in keys if manifest[key] != getattr(config, key)]:
-        told = ", ".join(f"{key}={manifest[key]}" for key in changed)
-        print(f"note: {config.data[0]} was prepared with {told}, and stays so")
-    return replace(config, **{key: manifest[key] for key in keys})
+    manifest = read_manifest(folder)
+    keys = ("tokenizer", "heldout_fraction", "documents", "text_key")
+    told = {key: manifest[key] for key in keys if key in manifest}
+    if not request.resuming:  # a run that recorded another curation, as older ones do, keeps its record
+        prepare.check_curation(folder, config.curation, request.curation_flags)
+        told["curation"] = prepare.curation_of(folder)
+    prepared, asked = replace(config, **told), flatten(config)
+    if changed := [f"{key}={value}" for key, value in flatten(prepared).items() if value != asked[key]]:
+        print(f"note: {folder} was prepared with {', '.join(changed)}, and stays so")
+    return prepared
 
 
 def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
@@ -91,10 +102,22 @@ def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
     for line in summary(read_manifest(prepared)):
         print(line)
     size = Tokenizer.from_file(str(prepared / "tokenizer.json")).get_vocab_size()
-    if size != config.model.vocab_size:
+    fitted = replace(config, model=replace(config.model, vocab_size=size))
+    if fitted != config:
         print(f"the tokenizer has {size} entries: model.vocab_size={size}")
-        config = replace(config, model=replace(config.model, vocab_size=size))
-    return prepared, config
+        print(larger_model(config, fitted), end="")
+    return prepared, fitted
+
+
+def larger_model(asked: TrainConfig, fitted: TrainConfig) -> str:
+    """A line where a prepared vocabulary makes the model larger than the one that was asked for; else nothing."""
+    if fitted.model.vocab_size <= asked.model.vocab_size or asked.tokenizer not in ("wordpiece", "bpe"):
+        return ""
+    before, after = (short(parameter_count(config.model)) for config in (asked, fitted))
+    return (
+        f"note: that makes {after} parameters instead of {before} — for the smaller model, prepare the text with "
+        f"--vocab-size {asked.model.vocab_size}\n"
+    )
 
 
 def publish(run_dir: Path) -> None:

@@ -248,14 +248,14 @@ def choose_budget(request: Request) -> Budget | Replay:
 
 def main() -> None:
     """The command line: every stage, with its progress, from text to an exported model."""
-    with distributed.team() as team:
+    with distributed.team(checkpoint.newest) as team:
         carry_out(team.first(parse), team)
 
 
 def carry_out(request: Request, team: Team) -> None:
     """What the command line asks for, in this process of the team; process 0 does all but the training."""
     team.run_dir = request.run_dir
-    config = stages.as_prepared(request.config)
+    config = stages.as_prepared(request)
     team.use(config.device)
     if threads := config.threads or team.threads:
         torch.set_num_threads(threads)

@@ -20,7 +20,7 @@ import torch.fx.experimental.symbolic_shapes  # what every rank would import oth
 import torch.utils.tensorboard
 from fake_loader import FakeSource
 
-from cramfast import distributed, feed, train
+from cramfast import checkpoint, distributed, feed, train
 from cramfast.budget import Budget, Progress
 from cramfast.distributed import Team
 from cramfast.errors import UserError, command
@@ -119,7 +119,7 @@ def child(folder: Path, name: str, work: Callable[[Path, Team], None], environme
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
 
     def main() -> None:
-        with distributed.team() as team:
+        with distributed.team(checkpoint.newest) as team:
             team.run_dir = folder / name
             work(folder / name, team)
 

@@ -15,6 +15,7 @@ from fake_loader import run as train_alone
 
 from cramfast import checkpoint
 from cramfast.commandline import parse
+from cramfast.config import to_json
 from cramfast.distributed import Processes, Team
 from cramfast.errors import UserError
 from cramfast.flat import FlatParameters
@@ -289,3 +290,26 @@ def test_an_exchange_that_is_done_as_the_wait_ends_counts_as_done():
     processes.wait(LateWork())
     with pytest.raises(RuntimeError, match="Connection closed"):
         processes.wait(LateWork(RuntimeError("Connection closed by peer")))
+
+
+def test_a_lost_process_is_told_of_what_is_there(tmp_path):
+    processes, run = object.__new__(Processes), tmp_path / "run"
+    processes.newest = checkpoint.newest
+
+    def said() -> str:
+        with pytest.raises(UserError) as caught, processes.losses_named():
+            raise RuntimeError("[gloo/transport.cc:1] Connection closed by peer. And more")
+        return str(caught.value).removeprefix("another process of this run has ended (Connection closed by peer), so ")
+
+    nothing = "all do; training had not begun — give the same command again"
+    assert said() == nothing
+    processes.run_dir = run
+    assert said() == nothing
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(to_json(small_config())))
+    assert said() == f"all do; no checkpoint was written yet — begin again with --resume {run}"
+    assert parse(["--resume", str(run)]).resuming
+    (run / "checkpoints" / f"{checkpoint.UNFINISHED}step-00000001").mkdir(parents=True)
+    assert "no checkpoint" in said()
+    (run / "checkpoints" / "step-00000001").mkdir()
+    assert said() == f"all do; the newest checkpoint in {run} is intact — go on with --resume {run}"
