@@ -16,7 +16,7 @@ from cramfast.scaling import claims, fit, report, runner, table
 from cramfast.scaling import plan as plans
 from cramfast.scaling.claims import Rates, gain, measured_gain, predicted_gain, verdict
 from cramfast.scaling.plan import Plan, Size
-from cramfast.scaling.run import Calibration, fitted_into, run_s, with_interval
+from cramfast.scaling.run import Arguments, Calibration, fitted_into, run_s, with_interval
 from cramfast.scaling.runner import Job, Runner
 
 
@@ -282,3 +282,33 @@ def test_the_trainer_takes_every_kind_of_switch(tmp_path, prepared):
     (row,) = Runner(tmp_path, Console(quiet=True)).work([Job("off", config, 1.0, labels, names)])
     assert row["parameters"] == plans.parameters(config.model)[0] - (8192 - 512) * 64 + 3 * 64 + 64 + 2 * 128 + 64
     assert row["kernels"]["glu"] == "reference" and row["tokens"] >= 2048 and row["loss"] < 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threads": 2}, "threads=1, not 2 — ask for 1, or choose another --out"),
+        ({"minutes": 5.0}, "plan.minutes=0.0, not 5.0"),
+        ({"data": ("more.txt",)}, "data[0]='text.txt', not 'more.txt'"),
+        ({"data": ("text.txt", "more.txt")}, "data=['text.txt'], not ['text.txt', 'more.txt']"),
+        ({"dtype": "bfloat16"}, "dtype='float32', not 'bfloat16'"),
+        ({"plan": "cpu"}, "plan.name='smoke', not 'cpu'"),
+    ],
+)
+def test_a_plan_goes_on_as_it_began(tmp_path, changes, message):
+    """Another value is refused with both; no --data takes the stored text, also in a plan.json of the first release."""
+    plan = plans.to_json(plans.smoke("cpu"))
+    asked = {"plan": plan, "data": ["text.txt"], "device": "cpu", "dtype": "float32"}
+    runs = plans.expand(plans.smoke("cpu"), tmp_path, "cpu")
+    stored = {
+        "asked": asked, "plan": plan, "data": str(tmp_path), "device": "cpu", "dtype": "float32", "threads": 1,
+        "start_s": 1.0, "calibration": {s: {"token_s": 1e-4, "evaluation_s": 0.1} for s in {run.shape for run in runs}},
+        "estimates_s": {run.name: 1.0 for run in runs}, "corpus_tokens": 10**6,
+    }  # fmt: skip
+    (tmp_path / "plan.json").write_text(json.dumps(stored))
+    same = {"plan": "smoke", "out": tmp_path, "device": "cpu", "dtype": "float32", "threads": 1, "estimate": True}
+    Arguments(**same).run(Console(quiet=True))
+    Arguments(**same, data=("text.txt",)).run(Console(quiet=True))
+    with pytest.raises(UserError) as error:
+        Arguments(**(same | changes)).run(Console(quiet=True))
+    assert message in str(error.value)
