@@ -3,6 +3,7 @@
 import io
 import json
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,9 +225,10 @@ def test_measured_gain_pairs_seeds():
 
 
 def test_jobs_train_a_shared_side_once_a_seed():
-    config = TrainConfig(device="cpu", dtype="float32")
+    (run,) = plans.expand(Plan("p", (Size(("1x64",), (8192,)),)), Path("text"), "cpu", dtype="float32")
+    config = run.config
     chosen = [c for c in claims.claims_of(config) if not c.obstacle(config)]
-    jobs = claims.jobs_of(chosen, config, claims.Options(seconds=5, seeds=3), 1.0)
+    jobs = claims.jobs_of(chosen, run, claims.Options(seconds=5, seeds=3), 1.0)
     assert len({job.name for job in jobs}) == len(jobs) and sum(job.switches == () for job in jobs) == 3
     assert {c.name: c.obstacle(config) for c in claims.claims_of(config)}["graph capture"] == "needs a GPU"
 
@@ -286,6 +288,19 @@ def test_the_trainer_takes_every_kind_of_switch(tmp_path, prepared):
 
 
 TINY = {"microbatch_tokens": 256, "batch_tokens": 256, "heldout_tokens": 1024}
+
+
+def test_claims_of_two_shapes_in_a_folder_have_runs_of_their_own(tmp_path, prepared):
+    plan = Plan("p", (Size(("1x64",), (8192,)), Size(("2x64",), (8192,))), "tiny", settings=TINY)
+    times = {shape: {"token_s": 1e-4, "evaluation_s": 0.1} for shape in ("1x64", "2x64")}
+    settings = {"plan": plans.to_json(plan), "data": str(prepared), "device": "cpu", "dtype": "float32", "threads": 1}
+    (tmp_path / "plan.json").write_text(json.dumps(settings | {"calibration": times, "start_s": 1.0}))
+    for shape in times:
+        options = claims.Options(shape, only=("sparse",), rounds=1, round_s=0.01, seconds=0.2, seeds=1)
+        claims.Arguments(tmp_path, options).run(Console(quiet=True))
+    rows = table.read_table(tmp_path / "claims", claims.CLAIMS_TABLE)
+    assert [(row["shape"], row["layers"]) for row in rows] == [("1x64", 1)] * 2 + [("2x64", 2)] * 2
+    assert [row["name"] for row in rows] == [f"{s}-{x}-0.2s-s0" for s in times for x in ("all-on", "dense_prediction")]
 
 
 def test_a_run_of_another_config_is_made_anew(tmp_path, prepared, monkeypatch):

@@ -158,18 +158,18 @@ def verdict(predicted: tuple[float, ...] | None, measured: tuple[float, ...] | N
     return "undecided", "intervals overlap, the measured one holds zero"
 
 
-def jobs_of(claims: list[Claim], config: TrainConfig, options: "Options", start_s: float) -> list[Job]:
-    """Budgeted runs of both sides of every claim; a side that several claims share is trained once a seed."""
+def jobs_of(claims: list[Claim], run: Run, options: "Options", start_s: float) -> list[Job]:
+    """Budgeted runs, of the run's shape, of both sides of every claim; a shared side is trained once a seed."""
     sides = list(dict.fromkeys(names for claim in claims for names in (claim.on, claim.off)))
     jobs = []
     for seed in range(options.seeds):
         for names in sides if seed % 2 == 0 else sides[::-1]:
             variant = Variant(names)
-            changed = variant.config(config)
+            changed = variant.config(run.config)
             budget = f"{options.seconds:g}s"
             changed = replace(changed, seed=seed, budget=budget, eval_interval=options.seconds, checkpoint_interval=1e9)
-            labels = {"switches": list(names), "size": 0, "shape": "", "reference": not names}
-            name = f"{'+'.join(names) or 'all-on'}-{budget}-s{seed}"
+            labels = {"switches": list(names), "size": 0, "shape": run.shape, "reference": not names}
+            name = f"{run.shape}-{'+'.join(names) or 'all-on'}-{budget}-s{seed}"
             jobs.append(Job(name, changed, options.seconds + start_s, labels, names))
     return jobs
 
@@ -293,7 +293,7 @@ class Arguments:
             names = "; ".join(claim.name for claim in claims_of(config))
             raise UserError(f"--only {' '.join(options.only)}: no such claim — they are: {names}")
         possible = [claim for claim in chosen if not claim.obstacle(config)]
-        jobs = jobs_of(possible, config, options, settings["start_s"])
+        jobs = jobs_of(possible, run, options, settings["start_s"])
         total = 2 * len(possible) * options.rounds * options.round_s + sum(job.estimate_s for job in jobs)
         console.print(f"{len(possible)} claims, {len(jobs)} training runs: about {span(total)}", highlight=False)
         rates = {}
