@@ -233,6 +233,20 @@ def test_jobs_train_a_shared_side_once_a_seed():
     assert {c.name: c.obstacle(config) for c in claims.claims_of(config)}["graph capture"] == "needs a GPU"
 
 
+def test_under_another_optimizer_what_takes_adamws_place_is_listed_and_nothing_else_falls():
+    settings = {"optimizer": "muon", "microbatch_tokens": 1024}
+    (run,) = plans.expand(
+        Plan("p", (Size(("1x64",), (8192,)),), settings=settings), Path("text"), "cpu", dtype="float32"
+    )
+    obstacles = {c.name: c.obstacle(run.config) for c in claims.claims_of(run.config)}
+    assert obstacles["fused AdamW over flat buffers"] == "needs optimizer=adamw, the plan has muon"
+    possible = [c for c in claims.claims_of(run.config) if not obstacles[c.name]]
+    names = {job.switches for job in claims.jobs_of(possible, run, claims.Options(), 1.0)}
+    everything = max(names, key=len)
+    assert {"biases", "padding", "dropout"} < set(everything) and "per_tensor_adamw" not in everything
+    assert "per_tensor_adamw" in max((c.off for c in claims.claims_of(TrainConfig(device="cpu"))), key=len)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     from cramfast.prepare import prepare

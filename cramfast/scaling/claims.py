@@ -27,7 +27,7 @@ from cramfast.scaling.run import read_settings, runs_of
 from cramfast.scaling.runner import Job, Runner
 from cramfast.scaling.shift import confidence
 from cramfast.scaling.stepper import Stepper, as_the_trainer
-from cramfast.scaling.switches import Variant
+from cramfast.scaling.switches import SWITCHES, Variant
 from cramfast.scoretable import ScoreTable
 
 CLAIMS_FILE, CLAIMS_TABLE = "claims.json", "claims.jsonl"
@@ -63,6 +63,11 @@ def needs_long_positions(config: TrainConfig) -> str:
     return "needs model.max_len and microbatch_tokens of 512"
 
 
+def needs_adamw(config: TrainConfig) -> str:
+    """Obstacle of what takes AdamW's place."""
+    return "" if config.optimizer == "adamw" else f"needs optimizer=adamw, the plan has {config.optimizer}"
+
+
 HALF = {"cpu": "bfloat16", "cuda": "float16"}
 OFF = ("biases", "dense_prediction", "padding", "torch_norm_and_gate", "materialised_scores", "per_tensor_adamw")
 
@@ -71,7 +76,8 @@ def claims_of(config: TrainConfig) -> list[Claim]:
     """Every claim, for a device; the precision that the plan used is that of all the others."""
     slow = config.dtype == "float32"  # where the plan does not use half precision, that claim alone tries it
     half = HALF[config.device] if slow else config.dtype
-    everything = (*OFF, "dropout", "float32") if config.device == "cpu" else (*OFF, "dropout", "float32", "no_graph")
+    off = [name for name in OFF if not (SWITCHES[name].optimizer and needs_adamw(config))]
+    everything = (*off, "dropout", "float32") if config.device == "cpu" else (*off, "dropout", "float32", "no_graph")
     return [
         Claim("no biases", ("biases",), ("separate_gate",)),
         Claim("sparse prediction", ("dense_prediction",)),
@@ -81,7 +87,7 @@ def claims_of(config: TrainConfig) -> list[Claim]:
         Claim("our LayerNorm and GLU, not PyTorch's", ("torch_norm_and_gate",)),
         Claim("our attention, not materialised scores", ("materialised_scores",)),
         Claim("our attention, not padded SDPA", ("torch_attention",)),
-        Claim("fused AdamW over flat buffers", ("per_tensor_adamw",)),
+        Claim("fused AdamW over flat buffers", ("per_tensor_adamw",), obstacle=needs_adamw),
         Claim(f"half precision ({half})", ("float32",), (half,) if slow else ()),
         Claim("half-precision accumulation", ("float16",), ("half_accumulation",), needs_gpu),
         Claim("graph capture", ("no_graph",), obstacle=needs_gpu),
