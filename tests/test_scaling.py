@@ -247,6 +247,26 @@ def test_under_another_optimizer_what_takes_adamws_place_is_listed_and_nothing_e
     assert "per_tensor_adamw" in max((c.off for c in claims.claims_of(TrainConfig(device="cpu"))), key=len)
 
 
+def entry(name: str, seeds: int, rounds: int) -> dict:
+    """A claim as claims.json has it."""
+    rates = {"useful_on": [2.0] * rounds}
+    gains = {"slots_gain": [2, 2, 2], "useful_gain": [2, 2, 2], "predicted": None, "measured": None}
+    return {"name": name, "rates": rates, "seeds": seeds, "verdict": "undecided", "why": "few"} | gains
+
+
+def test_claims_asked_for_alone_leave_the_others_in_place():
+    settings = {"shape": "1x64", "seconds": 5.0, "dtype": "float32", "device": "a CPU", "tokens": [10, 20]}
+    before = {"settings": settings, "claims": [entry("a", 3, 7), {"name": "b", "obstacle": "needs a GPU"}]}
+    now = {"settings": settings | {"tokens": [15, 30]}, "claims": [entry("a", 6, 5), entry("c", 3, 7)]}
+    both = claims.merged(before, now)
+    assert [claim["name"] for claim in both["claims"]] == ["a", "b", "c"] and both["claims"][0]["seeds"] == 6
+    assert both["settings"]["tokens"] == [10, 30]
+    assert "5 to 7 interleaved" in (note := claims.table(both).notes[0]) and "3 to 6 seeds" in note
+    assert claims.merged({}, now) == now
+    for key in ("shape", "seconds", "dtype", "device"):
+        assert claims.merged(before | {"settings": settings | {key: "another"}}, now) == now
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     from cramfast.prepare import prepare

@@ -18,7 +18,7 @@ from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.losslaw import Law
 from cramfast.page import write_page
-from cramfast.record import span
+from cramfast.record import read_json, span
 from cramfast.runfolder import cpu_name
 from cramfast.scaling.fit import laws_of, read_fit
 from cramfast.scaling.law import interval
@@ -252,12 +252,14 @@ def table(found: dict[str, Any]) -> ScoreTable:
         nats = [_nats(claim[key]) for key in ("predicted", "measured")]
         rows.append([claim["name"], *gains, *nats, f"{claim['verdict']}: {claim['why']}"])
     columns = ["with it", "tokens/s, times", "useful tokens/s, times", "predicted, nats", "measured, nats", "verdict"]
-    settings = found["settings"]
+    settings, tried = found["settings"], [claim for claim in found["claims"] if "obstacle" not in claim]
+    rounds = numbers([len(claim["rates"]["useful_on"]) for claim in tried] or [settings["rounds"]])
+    seeds = numbers([claim["seeds"] for claim in tried] or [settings["seeds"]])
     where = f"{settings['shape']}, {settings['dtype']}, on {settings['device']}"
     notes = [
         f"{where}. Gains are of the side with the modification over the other. Tokens/s: median and 95 % interval of "
-        f"{settings['rounds']} interleaved rounds. Nats: after {span(settings['seconds'])} of training; predicted by "
-        f"the law from useful tokens/s, measured as the mean of {settings['seeds']} seeds, Student's 95 % interval.",
+        f"{rounds} interleaved rounds. Nats: after {span(settings['seconds'])} of training; predicted by "
+        f"the law from useful tokens/s, measured as the mean of {seeds} seeds, Student's 95 % interval.",
         "Biases are tried with LayerNorm and GLU in separate nodes on both sides. Lengths are compared on held-out "
         "sequences of 128 tokens.",
     ]
@@ -270,6 +272,25 @@ def processor(config: TrainConfig) -> str:
 
     name = torch.cuda.get_device_name() if config.device == "cuda" else cpu_name()
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """claims.json with the claims of `now` in place of the same ones of `before`, which keeps the others.
+
+    Nothing is kept where the shape, budget, precision or machine is another: the page states one for all of them.
+    """
+    old, new = before.get("settings", {}), now["settings"]
+    if any(old.get(key) != new[key] for key in ("shape", "seconds", "dtype", "device")):
+        return now
+    entries = {claim["name"]: claim for claim in (*before["claims"], *now["claims"])}
+    tokens = [*old.get("tokens", []), *new["tokens"]]
+    between = [min(tokens), max(tokens)] if tokens else []
+    return {"settings": new | {"tokens": between}, "claims": list(entries.values())}
+
+
+def numbers(values: list[int]) -> str:
+    """Their range: "3", or "3 to 6"."""
+    return " to ".join(map(str, sorted({min(values), max(values)})))
 
 
 def tokens_of(rows: list[dict[str, Any]]) -> list[int]:
@@ -317,6 +338,8 @@ class Arguments:
         ]  # fmt: skip
         about = {"shape": run.shape, "dtype": config.dtype, "device": processor(config), "tokens": tokens_of(rows)}
         result = {"settings": asdict(options) | about, "claims": entries}
+        if options.only:
+            result = merged(read_json(self.folder / CLAIMS_FILE), result)
         write_page(self.folder / CLAIMS_FILE, json.dumps(result, indent=1) + "\n")
         table(result).show(console)
         console.print(f"written: {self.folder / CLAIMS_FILE}", markup=False, highlight=False, soft_wrap=True)
