@@ -1,7 +1,9 @@
 """Plans, the table and the pages: what is asked for is run once, what was killed goes on, the page stands alone."""
 
+import io
 import json
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from cramfast.scaling import claims, fit, report, runner, table
 from cramfast.scaling import plan as plans
 from cramfast.scaling.claims import Rates, gain, measured_gain, predicted_gain, verdict
 from cramfast.scaling.plan import Plan, Size
-from cramfast.scaling.run import Calibration, fitted_into, run_s, with_interval
+from cramfast.scaling.run import Arguments, Calibration, fitted_into, run_s, with_interval
 from cramfast.scaling.runner import Job, Runner
 
 
@@ -223,11 +225,46 @@ def test_measured_gain_pairs_seeds():
 
 
 def test_jobs_train_a_shared_side_once_a_seed():
-    config = TrainConfig(device="cpu", dtype="float32")
+    (run,) = plans.expand(Plan("p", (Size(("1x64",), (8192,)),)), Path("text"), "cpu", dtype="float32")
+    config = run.config
     chosen = [c for c in claims.claims_of(config) if not c.obstacle(config)]
-    jobs = claims.jobs_of(chosen, config, claims.Options(seconds=5, seeds=3), 1.0)
+    jobs = claims.jobs_of(chosen, run, claims.Options(seconds=5, seeds=3), 1.0)
     assert len({job.name for job in jobs}) == len(jobs) and sum(job.switches == () for job in jobs) == 3
     assert {c.name: c.obstacle(config) for c in claims.claims_of(config)}["graph capture"] == "needs a GPU"
+
+
+def test_under_another_optimizer_what_takes_adamws_place_is_listed_and_nothing_else_falls():
+    settings = {"optimizer": "muon", "microbatch_tokens": 1024}
+    (run,) = plans.expand(
+        Plan("p", (Size(("1x64",), (8192,)),), settings=settings), Path("text"), "cpu", dtype="float32"
+    )
+    obstacles = {c.name: c.obstacle(run.config) for c in claims.claims_of(run.config)}
+    assert obstacles["fused AdamW over flat buffers"] == "needs optimizer=adamw, the plan has muon"
+    possible = [c for c in claims.claims_of(run.config) if not obstacles[c.name]]
+    names = {job.switches for job in claims.jobs_of(possible, run, claims.Options(), 1.0)}
+    everything = max(names, key=len)
+    assert {"biases", "padding", "dropout"} < set(everything) and "per_tensor_adamw" not in everything
+    assert "per_tensor_adamw" in max((c.off for c in claims.claims_of(TrainConfig(device="cpu"))), key=len)
+
+
+def entry(name: str, seeds: int, rounds: int) -> dict:
+    """A claim as claims.json has it."""
+    rates = {"useful_on": [2.0] * rounds}
+    gains = {"slots_gain": [2, 2, 2], "useful_gain": [2, 2, 2], "predicted": None, "measured": None}
+    return {"name": name, "rates": rates, "seeds": seeds, "verdict": "undecided", "why": "few"} | gains
+
+
+def test_claims_asked_for_alone_leave_the_others_in_place():
+    settings = {"shape": "1x64", "seconds": 5.0, "dtype": "float32", "device": "a CPU", "tokens": [10, 20]}
+    before = {"settings": settings, "claims": [entry("a", 3, 7), {"name": "b", "obstacle": "needs a GPU"}]}
+    now = {"settings": settings | {"tokens": [15, 30]}, "claims": [entry("a", 6, 5), entry("c", 3, 7)]}
+    both = claims.merged(before, now)
+    assert [claim["name"] for claim in both["claims"]] == ["a", "b", "c"] and both["claims"][0]["seeds"] == 6
+    assert both["settings"]["tokens"] == [10, 30]
+    assert "5 to 7 interleaved" in (note := claims.table(both).notes[0]) and "3 to 6 seeds" in note
+    assert claims.merged({}, now) == now
+    for key in ("shape", "seconds", "dtype", "device"):
+        assert claims.merged(before | {"settings": settings | {key: "another"}}, now) == now
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +319,69 @@ def test_the_trainer_takes_every_kind_of_switch(tmp_path, prepared):
     (row,) = Runner(tmp_path, Console(quiet=True)).work([Job("off", config, 1.0, labels, names)])
     assert row["parameters"] == plans.parameters(config.model)[0] - (8192 - 512) * 64 + 3 * 64 + 64 + 2 * 128 + 64
     assert row["kernels"]["glu"] == "reference" and row["tokens"] >= 2048 and row["loss"] < 8
+
+
+TINY = {"microbatch_tokens": 256, "batch_tokens": 256, "heldout_tokens": 1024}
+
+
+def test_claims_of_two_shapes_in_a_folder_have_runs_of_their_own(tmp_path, prepared):
+    plan = Plan("p", (Size(("1x64",), (8192,)), Size(("2x64",), (8192,))), "tiny", settings=TINY)
+    times = {shape: {"token_s": 1e-4, "evaluation_s": 0.1} for shape in ("1x64", "2x64")}
+    settings = {"plan": plans.to_json(plan), "data": str(prepared), "device": "cpu", "dtype": "float32", "threads": 1}
+    (tmp_path / "plan.json").write_text(json.dumps(settings | {"calibration": times, "start_s": 1.0}))
+    for shape in times:
+        options = claims.Options(shape, only=("sparse",), rounds=1, round_s=0.01, seconds=0.2, seeds=1)
+        claims.Arguments(tmp_path, options).run(Console(quiet=True))
+    rows = table.read_table(tmp_path / "claims", claims.CLAIMS_TABLE)
+    assert [(row["shape"], row["layers"]) for row in rows] == [("1x64", 1)] * 2 + [("2x64", 2)] * 2
+    assert [row["name"] for row in rows] == [f"{s}-{x}-0.2s-s0" for s in times for x in ("all-on", "dense_prediction")]
+
+
+def test_a_run_of_another_config_is_made_anew(tmp_path, prepared, monkeypatch):
+    """Finished or begun under the same name: neither its row nor its state is taken for the one that is asked for."""
+    plan = Plan("p", (Size(("1x64",), (1024,)),), "tiny", settings=TINY)
+    (run,) = plans.expand(plan, prepared, "cpu", threads=1)  # its vocabulary is not that of the text
+    jobs = [Job("a", plans.replace(run.config, lr=lr), 1.0, {"size": 0, "shape": "1x64"}) for lr in (1e-3, 2e-3)]
+    console = Console(record=True, file=io.StringIO())
+    done = Runner(tmp_path, console)
+    assert done.work(jobs[:1])[0]["lr"] == 1e-3
+    assert "anew" not in console.export_text()
+    (row,) = done.work(jobs[1:])
+    assert row["lr"] == 2e-3 and "of another config than is asked for, made anew: a" in console.export_text()
+    assert table.read_table(tmp_path) == [row]
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a finished run was started again"))
+    assert done.work(jobs[1:]) == [row] and "anew" not in console.export_text()
+    (tmp_path / table.TABLE).unlink()  # a run without its row
+    with pytest.raises(pytest.fail.Exception, match="started again"):
+        done.work(jobs[:1])
+    assert "made anew: a" in console.export_text() and not (tmp_path / "runs" / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threads": 2}, "threads=1, not 2 — ask for 1, or choose another --out"),
+        ({"minutes": 5.0}, "plan.minutes=0.0, not 5.0"),
+        ({"data": ("more.txt",)}, "data[0]='text.txt', not 'more.txt'"),
+        ({"data": ("text.txt", "more.txt")}, "data=['text.txt'], not ['text.txt', 'more.txt']"),
+        ({"dtype": "bfloat16"}, "dtype='float32', not 'bfloat16'"),
+        ({"plan": "cpu"}, "plan.name='smoke', not 'cpu'"),
+    ],
+)
+def test_a_plan_goes_on_as_it_began(tmp_path, changes, message):
+    """Another value is refused with both; no --data takes the stored text, also in a plan.json of the first release."""
+    plan = plans.to_json(plans.smoke("cpu"))
+    asked = {"plan": plan, "data": ["text.txt"], "device": "cpu", "dtype": "float32"}
+    runs = plans.expand(plans.smoke("cpu"), tmp_path, "cpu")
+    stored = {
+        "asked": asked, "plan": plan, "data": str(tmp_path), "device": "cpu", "dtype": "float32", "threads": 1,
+        "start_s": 1.0, "calibration": {s: {"token_s": 1e-4, "evaluation_s": 0.1} for s in {run.shape for run in runs}},
+        "estimates_s": {run.name: 1.0 for run in runs}, "corpus_tokens": 10**6,
+    }  # fmt: skip
+    (tmp_path / "plan.json").write_text(json.dumps(stored))
+    same = {"plan": "smoke", "out": tmp_path, "device": "cpu", "dtype": "float32", "threads": 1, "estimate": True}
+    Arguments(**same).run(Console(quiet=True))
+    Arguments(**same, data=("text.txt",)).run(Console(quiet=True))
+    with pytest.raises(UserError) as error:
+        Arguments(**(same | changes)).run(Console(quiet=True))
+    assert message in str(error.value)

@@ -18,7 +18,7 @@ from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.losslaw import Law
 from cramfast.page import write_page
-from cramfast.record import span
+from cramfast.record import read_json, span
 from cramfast.runfolder import cpu_name
 from cramfast.scaling.fit import laws_of, read_fit
 from cramfast.scaling.law import interval
@@ -27,7 +27,7 @@ from cramfast.scaling.run import read_settings, runs_of
 from cramfast.scaling.runner import Job, Runner
 from cramfast.scaling.shift import confidence
 from cramfast.scaling.stepper import Stepper, as_the_trainer
-from cramfast.scaling.switches import Variant
+from cramfast.scaling.switches import SWITCHES, Variant
 from cramfast.scoretable import ScoreTable
 
 CLAIMS_FILE, CLAIMS_TABLE = "claims.json", "claims.jsonl"
@@ -63,6 +63,11 @@ def needs_long_positions(config: TrainConfig) -> str:
     return "needs model.max_len and microbatch_tokens of 512"
 
 
+def needs_adamw(config: TrainConfig) -> str:
+    """Obstacle of what takes AdamW's place."""
+    return "" if config.optimizer == "adamw" else f"needs optimizer=adamw, the plan has {config.optimizer}"
+
+
 HALF = {"cpu": "bfloat16", "cuda": "float16"}
 OFF = ("biases", "dense_prediction", "padding", "torch_norm_and_gate", "materialised_scores", "per_tensor_adamw")
 
@@ -71,7 +76,8 @@ def claims_of(config: TrainConfig) -> list[Claim]:
     """Every claim, for a device; the precision that the plan used is that of all the others."""
     slow = config.dtype == "float32"  # where the plan does not use half precision, that claim alone tries it
     half = HALF[config.device] if slow else config.dtype
-    everything = (*OFF, "dropout", "float32") if config.device == "cpu" else (*OFF, "dropout", "float32", "no_graph")
+    off = [name for name in OFF if not (SWITCHES[name].optimizer and needs_adamw(config))]
+    everything = (*off, "dropout", "float32") if config.device == "cpu" else (*off, "dropout", "float32", "no_graph")
     return [
         Claim("no biases", ("biases",), ("separate_gate",)),
         Claim("sparse prediction", ("dense_prediction",)),
@@ -81,7 +87,7 @@ def claims_of(config: TrainConfig) -> list[Claim]:
         Claim("our LayerNorm and GLU, not PyTorch's", ("torch_norm_and_gate",)),
         Claim("our attention, not materialised scores", ("materialised_scores",)),
         Claim("our attention, not padded SDPA", ("torch_attention",)),
-        Claim("fused AdamW over flat buffers", ("per_tensor_adamw",)),
+        Claim("fused AdamW over flat buffers", ("per_tensor_adamw",), obstacle=needs_adamw),
         Claim(f"half precision ({half})", ("float32",), (half,) if slow else ()),
         Claim("half-precision accumulation", ("float16",), ("half_accumulation",), needs_gpu),
         Claim("graph capture", ("no_graph",), obstacle=needs_gpu),
@@ -158,18 +164,18 @@ def verdict(predicted: tuple[float, ...] | None, measured: tuple[float, ...] | N
     return "undecided", "intervals overlap, the measured one holds zero"
 
 
-def jobs_of(claims: list[Claim], config: TrainConfig, options: "Options", start_s: float) -> list[Job]:
-    """Budgeted runs of both sides of every claim; a side that several claims share is trained once a seed."""
+def jobs_of(claims: list[Claim], run: Run, options: "Options", start_s: float) -> list[Job]:
+    """Budgeted runs, of the run's shape, of both sides of every claim; a shared side is trained once a seed."""
     sides = list(dict.fromkeys(names for claim in claims for names in (claim.on, claim.off)))
     jobs = []
     for seed in range(options.seeds):
         for names in sides if seed % 2 == 0 else sides[::-1]:
             variant = Variant(names)
-            changed = variant.config(config)
+            changed = variant.config(run.config)
             budget = f"{options.seconds:g}s"
             changed = replace(changed, seed=seed, budget=budget, eval_interval=options.seconds, checkpoint_interval=1e9)
-            labels = {"switches": list(names), "size": 0, "shape": "", "reference": not names}
-            name = f"{'+'.join(names) or 'all-on'}-{budget}-s{seed}"
+            labels = {"switches": list(names), "size": 0, "shape": run.shape, "reference": not names}
+            name = f"{run.shape}-{'+'.join(names) or 'all-on'}-{budget}-s{seed}"
             jobs.append(Job(name, changed, options.seconds + start_s, labels, names))
     return jobs
 
@@ -246,12 +252,14 @@ def table(found: dict[str, Any]) -> ScoreTable:
         nats = [_nats(claim[key]) for key in ("predicted", "measured")]
         rows.append([claim["name"], *gains, *nats, f"{claim['verdict']}: {claim['why']}"])
     columns = ["with it", "tokens/s, times", "useful tokens/s, times", "predicted, nats", "measured, nats", "verdict"]
-    settings = found["settings"]
+    settings, tried = found["settings"], [claim for claim in found["claims"] if "obstacle" not in claim]
+    rounds = numbers([len(claim["rates"]["useful_on"]) for claim in tried] or [settings["rounds"]])
+    seeds = numbers([claim["seeds"] for claim in tried] or [settings["seeds"]])
     where = f"{settings['shape']}, {settings['dtype']}, on {settings['device']}"
     notes = [
         f"{where}. Gains are of the side with the modification over the other. Tokens/s: median and 95 % interval of "
-        f"{settings['rounds']} interleaved rounds. Nats: after {span(settings['seconds'])} of training; predicted by "
-        f"the law from useful tokens/s, measured as the mean of {settings['seeds']} seeds, Student's 95 % interval.",
+        f"{rounds} interleaved rounds. Nats: after {span(settings['seconds'])} of training; predicted by "
+        f"the law from useful tokens/s, measured as the mean of {seeds} seeds, Student's 95 % interval.",
         "Biases are tried with LayerNorm and GLU in separate nodes on both sides. Lengths are compared on held-out "
         "sequences of 128 tokens.",
     ]
@@ -264,6 +272,25 @@ def processor(config: TrainConfig) -> str:
 
     name = torch.cuda.get_device_name() if config.device == "cuda" else cpu_name()
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """claims.json with the claims of `now` in place of the same ones of `before`, which keeps the others.
+
+    Nothing is kept where the shape, budget, precision or machine is another: the page states one for all of them.
+    """
+    old, new = before.get("settings", {}), now["settings"]
+    if any(old.get(key) != new[key] for key in ("shape", "seconds", "dtype", "device")):
+        return now
+    entries = {claim["name"]: claim for claim in (*before["claims"], *now["claims"])}
+    tokens = [*old.get("tokens", []), *new["tokens"]]
+    between = [min(tokens), max(tokens)] if tokens else []
+    return {"settings": new | {"tokens": between}, "claims": list(entries.values())}
+
+
+def numbers(values: list[int]) -> str:
+    """Their range: "3", or "3 to 6"."""
+    return " to ".join(map(str, sorted({min(values), max(values)})))
 
 
 def tokens_of(rows: list[dict[str, Any]]) -> list[int]:
@@ -293,7 +320,7 @@ class Arguments:
             names = "; ".join(claim.name for claim in claims_of(config))
             raise UserError(f"--only {' '.join(options.only)}: no such claim — they are: {names}")
         possible = [claim for claim in chosen if not claim.obstacle(config)]
-        jobs = jobs_of(possible, config, options, settings["start_s"])
+        jobs = jobs_of(possible, run, options, settings["start_s"])
         total = 2 * len(possible) * options.rounds * options.round_s + sum(job.estimate_s for job in jobs)
         console.print(f"{len(possible)} claims, {len(jobs)} training runs: about {span(total)}", highlight=False)
         rates = {}
@@ -311,6 +338,8 @@ class Arguments:
         ]  # fmt: skip
         about = {"shape": run.shape, "dtype": config.dtype, "device": processor(config), "tokens": tokens_of(rows)}
         result = {"settings": asdict(options) | about, "claims": entries}
+        if options.only:
+            result = merged(read_json(self.folder / CLAIMS_FILE), result)
         write_page(self.folder / CLAIMS_FILE, json.dumps(result, indent=1) + "\n")
         table(result).show(console)
         console.print(f"written: {self.folder / CLAIMS_FILE}", markup=False, highlight=False, soft_wrap=True)

@@ -112,7 +112,7 @@ def cpu(device: str) -> Plan:
 
 
 def gpu(device: str) -> Plan:
-    """Six sizes of 5 to 120 million parameters, up to 128 million tokens each: 20 minutes on a large GPU.
+    """Six sizes of 6.9 to 107.6 million parameters, up to 128 million tokens each: 20 minutes on a large GPU.
 
     The batch is 32,768 tokens, so that the shortest run makes 244 updates. Never run on a GPU.
     """

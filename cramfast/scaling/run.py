@@ -4,6 +4,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +101,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({error}) — restore it, or start the plan in another folder") from None
 
 
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value before, value now) of every value that differs; lists of equal length go item by item."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in before | now:
+            yield from differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from differences(old, new, f"{key}[{number}]")
+    elif before != now:
+        yield key, before, now
+
+
 def runs_of(settings: dict[str, Any], folder: Path) -> list[Run]:
     """Every run of the plan in a folder, ready to start."""
     plan = plans.from_dict(settings["plan"], str(folder / PLAN_FILE))
@@ -117,7 +130,7 @@ class Arguments:
     out: Path | None = None
     """Folder of the plan; by default scaling/NAME."""
     data: tuple[str, ...] = ()
-    """Text, as for cramfast.train; enough that no run sees it twice."""
+    """Text, as for cramfast.train; enough that no run sees it twice. A plan that goes on keeps its own."""
     minutes: float | None = None
     """Longest time that the whole plan may take by its estimate, in place of the plan's own; 0: no limit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -156,12 +169,19 @@ class Arguments:
     def settings(self, plan: Plan, folder: Path, device: str, console) -> dict[str, Any]:
         """The folder's plan.json, written after a calibration if this is the first start."""
         path = folder / PLAN_FILE
-        asked = {"plan": plans.to_json(plan), "data": list(self.data), "device": device, "dtype": self.dtype}
+        asked = {
+            "plan": plans.to_json(plan), "data": list(self.data), "device": device, "dtype": self.dtype,
+            "threads": self.threads,
+        }  # fmt: skip
         if path.exists():
             stored = read_settings(folder)
-            for key, value in asked.items():
-                if stored["asked"][key] != value:
-                    raise UserError(f"{folder}: holds a plan with another {key} — choose another --out")
+            before = {"threads": stored["threads"]} | stored["asked"]  # which had no threads at first
+            asked["data"] = asked["data"] or before["data"]
+            if found := next(differences(before, asked), None):
+                key, old, new = found
+                raise UserError(
+                    f"{folder}: holds a plan with {key}={old!r}, not {new!r} — ask for {old!r}, or choose another --out"
+                )
             self.describe(stored, console)
             return stored
         with Stages() as stages:
