@@ -1,6 +1,5 @@
 """Plans, the table and the pages: what is asked for is run once, what was killed goes on, the page stands alone."""
 
-import io
 import json
 import subprocess
 from pathlib import Path
@@ -335,26 +334,6 @@ def test_claims_of_two_shapes_in_a_folder_have_runs_of_their_own(tmp_path, prepa
     rows = table.read_table(tmp_path / "claims", claims.CLAIMS_TABLE)
     assert [(row["shape"], row["layers"]) for row in rows] == [("1x64", 1)] * 2 + [("2x64", 2)] * 2
     assert [row["name"] for row in rows] == [f"{s}-{x}-0.2s-s0" for s in times for x in ("all-on", "dense_prediction")]
-
-
-def test_a_run_of_another_config_is_made_anew(tmp_path, prepared, monkeypatch):
-    """Finished or begun under the same name: neither its row nor its state is taken for the one that is asked for."""
-    plan = Plan("p", (Size(("1x64",), (1024,)),), "tiny", settings=TINY)
-    (run,) = plans.expand(plan, prepared, "cpu", threads=1)  # its vocabulary is not that of the text
-    jobs = [Job("a", plans.replace(run.config, lr=lr), 1.0, {"size": 0, "shape": "1x64"}) for lr in (1e-3, 2e-3)]
-    console = Console(record=True, file=io.StringIO())
-    done = Runner(tmp_path, console)
-    assert done.work(jobs[:1])[0]["lr"] == 1e-3
-    assert "anew" not in console.export_text()
-    (row,) = done.work(jobs[1:])
-    assert row["lr"] == 2e-3 and "of another config than is asked for, made anew: a" in console.export_text()
-    assert table.read_table(tmp_path) == [row]
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a finished run was started again"))
-    assert done.work(jobs[1:]) == [row] and "anew" not in console.export_text()
-    (tmp_path / table.TABLE).unlink()  # a run without its row
-    with pytest.raises(pytest.fail.Exception, match="started again"):
-        done.work(jobs[:1])
-    assert "made anew: a" in console.export_text() and not (tmp_path / "runs" / "a").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from cramfast.budget import Progress as Spent
 from cramfast.budget import parse_budget
-from cramfast.config import TrainConfig, config_hash, read_config
+from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.interrupt import Interrupt
 from cramfast.metrics import duration
 from cramfast.scaling import table
 from cramfast.scaling.plan import flags
-from cramfast.stages import as_prepared
 
 POLL_S = 0.5
 TAIL_BYTES = 4096  # of metrics.jsonl: more than its longest row
@@ -78,7 +77,7 @@ class Bar(Plain):
 
 
 class Runner:
-    """Does the jobs that have no row of their config yet, in order, and appends a row as soon as one is finished.
+    """Does the jobs that have no row yet, in order, and appends a row as soon as one is finished.
 
     Args:
         folder: of the plan; runs lie in folder/runs, their output in folder/logs.
@@ -91,17 +90,13 @@ class Runner:
         self.display = Bar(console) if console.is_terminal else Plain(console)
 
     def work(self, jobs: list[Job]) -> list[dict[str, Any]]:
-        """All rows of these jobs, in their order; a row or run of another config than its job's is made anew.
+        """All rows of these jobs, in their order.
 
         Raises:
             UserError: a run failed; everything finished before is in the table.
         """
         rows = {row["name"]: row for row in table.read_table(self.folder, self.name)}
-        missing = [job for job in jobs if rows.get(job.name, {}).get("config_hash") != config_hash(job.config)]
-        anew = [job.name for job in missing if self.discard(job) or job.name in rows]
-        if anew:
-            text = f"of another config than is asked for, made anew: {', '.join(anew)}"
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        missing = [job for job in jobs if job.name not in rows]
         total = sum(job.estimate_s for job in jobs) or 1.0
         done = total - sum(job.estimate_s for job in missing)
         spent = estimated = 0.0
@@ -120,15 +115,6 @@ class Runner:
                 text = f"{job.name}: held-out loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
                 self.console.print(text, highlight=False, soft_wrap=True)
         return [rows[job.name] for job in jobs]
-
-    def discard(self, job: Job) -> bool:
-        """Remove the run of that name if another config began it; whether there was one."""
-        run_dir = self.folder / "runs" / job.name
-        stored = run_dir / "config.json"
-        if not stored.exists() or config_hash(read_config(stored)) == config_hash(as_prepared(job.config)):
-            return False
-        shutil.rmtree(run_dir)
-        return True
 
     def train(self, job: Job) -> Iterator[tuple[float, float]]:
         """Start or go on with a run, and yield (share done, training loss) until it is finished.
@@ -167,7 +153,6 @@ class Runner:
         """Write the row of a finished run and remove what is no longer needed."""
         run_dir = self.folder / "runs" / job.name
         row = table.row_of(run_dir, {"name": job.name} | job.labels)
-        row["config_hash"] = config_hash(job.config)  # as asked for, which work() compares; the text may change a run's
         table.append(self.folder, row, self.name)
         if not self.keep:
             shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)

@@ -66,9 +66,7 @@ def _short(value: float) -> float:
 
 
 def read_table(folder: Path, name: str = TABLE) -> list[dict[str, Any]]:
-    """The rows in a plan's folder, none where there is no table yet; of a run that was made anew, the newest.
-
-    A line that a kill cut off is left out.
+    """The rows in a plan's folder, none where there is no table yet. A line that a kill cut off is left out.
 
     Raises:
         UserError: another line that is no JSON object.
@@ -76,7 +74,7 @@ def read_table(folder: Path, name: str = TABLE) -> list[dict[str, Any]]:
     path = folder / name
     if not path.exists():
         return []
-    rows, lines = {}, path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows, lines = [], path.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -87,8 +85,8 @@ def read_table(folder: Path, name: str = TABLE) -> list[dict[str, Any]]:
             raise UserError(
                 f"{path}, line {number}: no row of a table — remove the line; its run is read anew"
             ) from None
-        rows[row["name"]] = row
-    return list(rows.values())
+        rows.append(row)
+    return rows
 
 
 def append(folder: Path, row: dict[str, Any], name: str = TABLE) -> None:
