@@ -108,11 +108,13 @@ def prepare(
     options = Options(data, None, tokenizer, vocab_size, heldout_fraction, documents, text_key, curation, seed)
     key = _key(options)
     folder = out or cache_folder() / "prepared" / key
+    was_there = folder.exists()  # asked first: another process may finish the same text at any moment
     if _holds(folder, key):
         report("using the prepared text in " + str(folder), 1, 1)
         return folder
     if out is None:
-        shutil.rmtree(folder, ignore_errors=True)  # damaged; ours to make again
+        if was_there:
+            shutil.rmtree(folder, ignore_errors=True)  # damaged; ours to make again
     elif folder.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"{folder}: you are in it, and the preparation would take its place — name a folder to make")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -118,7 +118,13 @@ def test_whole_blimp():
 
 def test_the_mean_needs_all_nine():
     def entry(rows, remark=""):
-        return {"metric": "f1", "remark": remark, "left_out_rows": 0, "scores": {row: [0.5, 0.7, 0.9] for row in rows}}
+        return {
+            "metric": "f1",
+            "remark": remark,
+            "left_out_rows": 0,
+            "seeds": [0, 1, 2],
+            "scores": {row: [0.5, 0.7, 0.9] for row in rows},
+        }
 
     class Named:
         name = "m"

@@ -391,6 +391,21 @@ def test_two_processes_preparing_the_same_text(tmp_path):
     verify(folder)
 
 
+def test_what_another_process_finishes_meanwhile_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data, holds, asked = (str(write_text(tmp_path / "a.txt", 300)),), stage._holds, []
+
+    def finished_just_after(folder, key):
+        found = holds(folder, key)
+        asked.append(found)
+        if len(asked) == 1:
+            (prepare(data, None, **OPTIONS) / "theirs").touch()
+        return found
+
+    monkeypatch.setattr(stage, "_holds", finished_just_after)
+    assert (prepare(data, None, **OPTIONS) / "theirs").exists() and asked == [False, False]
+
+
 def run(monkeypatch, capsys, *arguments):
     """Exit status and standard error of the command line, in this process."""
     monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
