@@ -1,5 +1,7 @@
 """The scaling law: known constants recovered within their intervals, refusals, the optimum, the shift test."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.optimize import approx_fprime
@@ -78,6 +80,13 @@ def test_refuses_what_no_law_can_be_fitted_to(index, change, message):
     with pytest.raises(UserError, match=message) as error:
         laws.fit(points)
     assert "\n" not in str(error.value) and "—" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"A": 0.0}, {"alpha": 0.0}, {"B": 0.0}, {"A": 1e-300, "alpha": 1e-4, "beta": 1e-3}]
+)
+def test_a_law_that_knows_no_best_size_has_no_closed_form(changes):
+    assert six_nd(replace(TRUTH, **changes), 1e17) is None
 
 
 def test_the_optimum_at_six_nd_is_the_closed_form():

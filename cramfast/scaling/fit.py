@@ -188,7 +188,11 @@ def advice_table(found: dict[str, Any]) -> ScoreTable:
     """Size, tokens and expected loss for each budget."""
     rows = [advice_row(budget_name(a["budget"]), a, "–") for a in found["advice"]["hours"]]
     for a in found["advice"]["flops"]:
-        rows.append(advice_row(f"{short(a['budget'])} FLOPs", a, "{} × {}".format(*map(short, a["six_nd"]))))
+        rows.append(
+            advice_row(
+                f"{short(a['budget'])} FLOPs", a, "{} × {}".format(*map(short, a["six_nd"])) if a["six_nd"] else "–"
+            )
+        )
     columns = ["budget", "size N", "95 % interval", "tokens D", "expected loss", "95 % interval", "N × D by 6ND", ""]
     notes = [
         "Hours at the tokens/s measured for each size, with lines between them; FLOPs as counted, 6ND beside them."

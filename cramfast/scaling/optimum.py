@@ -68,11 +68,19 @@ def optimum(law: Law, laws: list[Law], cost: Cost, budget: float, most_tokens: f
     )  # fmt: skip
 
 
-def six_nd(law: Law, flops: float) -> tuple[float, float]:
-    """(N, D) of the closed form, for a budget of 6 N D FLOPs (Hoffmann et al., equation 4)."""
-    G = (law.alpha * law.A / (law.beta * law.B)) ** (1 / (law.alpha + law.beta))
+def six_nd(law: Law, flops: float) -> tuple[float, float] | None:
+    """(N, D) of the closed form, for a budget of 6 N D FLOPs (Hoffmann et al., equation 4).
+
+    None for a law that knows no best size: its loss hardly depends on N, or on D, as of runs that learned nothing.
+    """
+    if min(law.alpha * law.A, law.beta * law.B) <= 0:
+        return None
+    try:
+        G = (law.alpha * law.A / (law.beta * law.B)) ** (1 / (law.alpha + law.beta))
+    except OverflowError:
+        return None
     N = G * (flops / 6) ** (law.beta / (law.alpha + law.beta))
-    return N, flops / 6 / N
+    return (N, flops / 6 / N) if 1 < N < flops / 6 else None
 
 
 def budget_name(hours: float) -> str:
