@@ -134,7 +134,7 @@ def gpu(device: str) -> Plan:
 
 
 def rehearsal(device: str) -> Plan:
-    """The runs of `gpu` with a thousandth of their tokens: ten minutes on two cores; its fit means nothing."""
+    """The runs of `gpu` with a thousandth of their tokens: 20 minutes on one core; its fit means nothing."""
     plan = gpu(device)
     sizes = tuple(replace(size, tokens=tuple(tokens / 1000 for tokens in size.tokens)) for size in plan.sizes)
     small = {"microbatch_tokens": 1024, "batch_tokens": 1024, "heldout_tokens": 8192}
