@@ -323,6 +323,8 @@ def read_config(path: Path) -> TrainConfig:
         raise UserError(f"{path}: cannot be read ({error.strerror}) — {remedy}") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged JSON ({error}) — restore it, or start a new run") from None
+    if isinstance(values, dict) and (missing := [key for key in ("preset", "model", "data") if key not in values]):
+        raise UserError(f"{path}: no key {missing[0]!r} — restore the file, or start a new run")
     return from_json(TrainConfig, values, str(path))
 
 

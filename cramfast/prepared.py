@@ -75,6 +75,9 @@ def read_manifest(folder: Path) -> dict:
     for key in MANIFEST_KEYS:
         if key not in manifest:
             raise UserError(f"{path}: no key {key!r} — {REMEDY}")
+    entries = manifest["files"].values() if isinstance(manifest["files"], dict) else [None]
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries):
+        raise UserError(f"{path}: files: sizes or checksums are missing — {REMEDY}")
     return manifest
 
 

@@ -391,6 +391,21 @@ def test_two_processes_preparing_the_same_text(tmp_path):
     verify(folder)
 
 
+@pytest.mark.parametrize("files", [None, [], {"train.ids": None}, {"train.ids": {"bytes": 3}}])
+def test_a_manifest_without_sizes_or_checksums_is_named(tmp_path, files):
+    folder = prepare((str(write_text(tmp_path / "a.txt", 300)),), tmp_path / "out", **OPTIONS)
+    manifest = read_manifest(folder) | {"files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json: files: .* — "):
+        verify(folder)
+
+
+def test_a_config_without_its_keys_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json: no key 'preset' — restore"):
+        read_config(tmp_path / "config.json")
+
+
 def test_what_another_process_finishes_meanwhile_stays(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data, holds, asked = (str(write_text(tmp_path / "a.txt", 300)),), stage._holds, []

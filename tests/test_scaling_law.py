@@ -9,6 +9,7 @@ from scipy.optimize import approx_fprime
 from cramfast.errors import UserError
 from cramfast.losslaw import Law
 from cramfast.scaling import law as laws
+from cramfast.scaling.fit import Options
 from cramfast.scaling.law import Points, interval
 from cramfast.scaling.optimum import Cost, optimum, six_nd
 from cramfast.scaling.shift import shifts
@@ -130,3 +131,13 @@ def test_the_shift_test_shows_curves_of_another_form():
 def test_one_seed_has_no_interval():
     (found,) = shifts([curve("4x256", 1.0, 0), curve("8x192", 1.1, 0)])
     assert found.interval is None and np.isnan(found.noise)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [({"samples": 0}, "samples=0"), ({"hold_out": -1}, "hold_out=-1"), ({"hours": (-1.0,)}, "hours"),
+     ({"flops": (float("nan"),)}, "flops")],
+)  # fmt: skip
+def test_a_fit_refuses_what_it_cannot_do(flags, word):
+    with pytest.raises(UserError, match=f"{word}.* — use"):
+        Options(**flags)

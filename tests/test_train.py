@@ -243,16 +243,21 @@ def test_a_run_in_the_current_folder_after_a_kill_before_its_config(tmp_path, mo
     assert {path.name for path in run.iterdir()} == {".lock", "config.json", *runfolder.COPIED}
 
 
+def manifest_of(sha256: str) -> str:
+    """As much of a prepared folder's manifest.json as a run folder looks at."""
+    files = {"train.ids": {"bytes": 1, "sha256": sha256}}
+    return json.dumps(dict.fromkeys(MANIFEST_KEYS, 1) | {"version": 1, "files": files})
+
+
 def test_resume_keeps_the_values_of_its_run(finished, tmp_path):
     request = parsed("--resume", str(finished), "--budget", "9h")
     assert request.resuming and request.run_dir == finished and request.config.budget == "9h"
-    text = dict.fromkeys(MANIFEST_KEYS, 1) | {"version": 1}
     for name in runfolder.COPIED:
-        (tmp_path / name).write_text(json.dumps(text | {"files": {"train.ids": 1}}))
+        (tmp_path / name).write_text(manifest_of("a"))
     runfolder.create(finished, request.config, tmp_path)
     with pytest.raises(UserError, match=r"lr=0\.7 but the run began with 0\.003"):
         runfolder.create(finished, parsed("--resume", str(finished), "--lr", "0.7").config, tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps(text | {"files": {"train.ids": 2}}))
+    (tmp_path / "manifest.json").write_text(manifest_of("b"))
     with pytest.raises(UserError, match="not the one"):
         runfolder.create(finished, request.config, tmp_path)
     with pytest.raises(UserError, match="not the one"):
@@ -264,7 +269,7 @@ def test_a_kill_while_the_text_is_described_again_costs_nothing(tmp_path, monkey
     for folder in (run, text):
         folder.mkdir()
     for name in runfolder.COPIED:
-        (text / name).write_text(json.dumps(dict.fromkeys(MANIFEST_KEYS, 1) | {"version": 1}))
+        (text / name).write_text(manifest_of("a"))
     runfolder.create(run, small_config(), text)
 
     def killed(source, target):

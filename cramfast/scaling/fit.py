@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from cramfast.config import require
 from cramfast.errors import UserError
 from cramfast.losslaw import Law
 from cramfast.page import write_page
@@ -220,6 +221,13 @@ class Options:
     """Resamplings of the runs for the intervals."""
     hours: tuple[float, ...] = (1 / 3, 1.0, 8.0, 24.0)
     flops: tuple[float, ...] = (1e15, 1e16, 1e17)
+
+    def __post_init__(self):
+        require(self.hold_out >= 0, f"hold_out={self.hold_out}", "use 0 or more")
+        require(self.samples >= 1, f"samples={self.samples}", "use 1 or more; 300 are usual")
+        for key in ("hours", "flops"):
+            good = all(0 < amount < math.inf for amount in getattr(self, key))
+            require(good, f"{key}={getattr(self, key)}", "use finite values above 0")
 
 
 @dataclass(frozen=True)

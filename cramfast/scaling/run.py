@@ -1,6 +1,7 @@
 """python -m cramfast.scaling run: train every run of a plan, one after the other."""
 
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cramfast.config import TrainConfig
+from cramfast.config import TrainConfig, require
 from cramfast.errors import UserError
 from cramfast.prepare import prepare
 from cramfast.progress import Stages
@@ -148,6 +149,7 @@ class Arguments:
         Raises:
             UserError: a plan, text or machine that does not fit, a folder that holds another plan, or a failed run.
         """
+        require(self.minutes is None or 0 <= self.minutes < math.inf, f"minutes={self.minutes}", "use 0 or more")
         device = choose_device(self.device)
         name = self.plan if self.plan != "auto" else "gpu" if device == "cuda" else "cpu"
         plan = plans.read_plan(name, device)
