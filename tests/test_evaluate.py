@@ -245,7 +245,9 @@ def test_classifier_is_that_of_transformers(model, exported):
     ours = finetune.Classifier(checkpoints.load(exported).encoder, 3, 0.1).eval()
     ours.classifier.load_state_dict(stock.classifier.state_dict())
     rows = [np.array(model.tokenizer.encode(text).ids, np.int32) for text in SENTENCES[:3]]
-    mine = ours(*finetune.packed(rows, torch.device("cpu")))
+    ids_N, cu_seqlens, longest = finetune.packed(rows, torch.device("cpu"))
+    assert len(ids_N) % finetune.ROUNDING == 0 and len(ids_N) > cu_seqlens[-1]  # the rest is of no sentence
+    mine = ours(ids_N, cu_seqlens, longest)
     for row, scores_3 in zip(rows, mine, strict=True):
         theirs = stock(input_ids=torch.tensor(row[None].astype(np.int64))).logits[0]
         assert torch.allclose(scores_3, theirs, atol=1e-4)
