@@ -1,6 +1,6 @@
 """What the compiler made of each CUDA kernel: registers, shared memory, spills, occupancy and the instructions that
-matter, for each architecture; no GPU needed. `python -m bench.sass` prints what is wrong and exits 1 if anything is;
-`--write` also writes the table to bench/results/sass.md.
+matter, for each architecture; no GPU needed. `python -m bench.sass` prints what is wrong and exits 1 if anything is,
+the table bench/results/sass.md included, where it was written with the same compiler; `--write` writes it.
 
 Registers, memory and spills come from ptxas. Instructions come from cuobjdump: of the CUDA toolkit, or the copy inside
 an installed Triton, or CUOBJDUMP; without it they are not checked, which is said.
@@ -210,13 +210,18 @@ def all_kernels() -> list[Kernel]:
     return sorted(found, key=lambda k: (k.name, k.architecture))
 
 
-def table(kernels: list[Kernel]) -> str:
-    """Markdown, one line a kernel and architecture."""
+def compiler_version() -> str:
+    """As V13.0.88."""
     version = re.search(r"release [\d.]+, (\S+)", _output([nvcc(), "--version"]).stdout)
+    return version[1] if version else "?"
+
+
+def table(kernels: list[Kernel], version: str) -> str:
+    """Markdown, one line a kernel and architecture, by the compiler of this version."""
     lines = [
         "# Compiled kernels",
         "",
-        f"Written by `python -m bench.sass --write` with nvcc {version[1] if version else '?'}. From the compiler",
+        f"Written by `python -m bench.sass --write` with nvcc {version}. From the compiler",
         "alone: no time is measured here. Shared memory is what a block takes, static and dynamic; occupancy counts",
         "it, threads and registers. Tensor-core kernels in bfloat16 have no body on sm_75: their launchers refuse.",
         "LDG.128 (with cp.async) and HMMA count instructions in the code; those in a loop run more than once.",
@@ -233,17 +238,32 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compare(kept: str, kernels: list[Kernel], version: str) -> tuple[list[str], str]:
+    """(lines of the committed table that these kernels do not give, and theirs; why none were compared, or "")."""
+    if f"with nvcc {version}." not in kept:
+        return [], f"the table is of another compiler than nvcc {version}"
+    if any(kernel.wide_loads is None for kernel in kernels):
+        return [], "instructions were not counted"
+    before, now = (set(text.splitlines()) for text in (kept, table(kernels, version)))
+    return sorted([f"- {line}" for line in before - now] + [f"+ {line}" for line in now - before]), ""
+
+
 def main() -> None:
     """Compile, check, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"write the table to {TABLE.relative_to(ROOT)}")
     options = parser.parse_args()
-    kernels = all_kernels()
+    kernels, version = all_kernels(), compiler_version()
     if options.write:
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        TABLE.write_text(table(kernels))
+        TABLE.write_text(table(kernels, version))
     problems = [f"{k.name}, sm_{k.architecture}: {problem}" for k in kernels for problem in k.problems()]
     print(f"{len(kernels)} kernels for {', '.join(f'sm_{a}' for a in ARCHITECTURES)}")
+    differences, reason = compare(TABLE.read_text(), kernels, version)
+    name = TABLE.relative_to(ROOT)
+    print(f"{name} was not compared: {reason}" if reason else f"{name}: {len(differences)} lines differ")
+    if differences:
+        print("\n".join(differences))
+        problems.append(f"{name} is not of these sources — python -m bench.sass --write")
     if cuobjdump() is None:
         print("no cuobjdump (set CUOBJDUMP): instructions were not checked, only registers and spills")
     print("\n".join(problems) or "no spills" + ("" if cuobjdump() is None else ", 16-byte loads where they belong"))

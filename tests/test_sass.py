@@ -1,8 +1,10 @@
 """The checks of bench/sass.py on listings of known content; no compiler needed."""
 
+from dataclasses import replace
+
 import pytest
 
-from bench import triton_sass
+from bench import sass, triton_sass
 from bench.sass import Kernel, launched_bytes, needs_tensor_cores, needs_wide_loads, parse_ptxas, parse_sass
 
 LOG = """\
@@ -75,6 +77,17 @@ def test_dynamic_shared_memory_is_counted():
     assert launched_bytes("attention_tiled_bwd_kernel<f16, 64, false>", 86) == 33792
     assert launched_bytes("attention_tiled_bwd_kernel<bf16, 128, true>", 90) == 49408
     assert launched_bytes("glu_fwd_kernel<f16, 8, Gelu>", 86) == 0
+
+
+def test_the_committed_table_is_compared_where_the_compiler_is_the_same():
+    kernels = [Kernel(name, 86, 256, 40, 0, 0, 0, 4, 0, 0) for name in ("a_kernel", "b_kernel")]
+    kept = sass.table(kernels, "V13.0.88")
+    assert sass.compare(kept, kernels, "V13.0.88") == ([], "")
+    changed, reason = sass.compare(kept, [kernels[0], replace(kernels[1], registers=41)], "V13.0.88")
+    assert [line[:12] for line in changed] == ["+ | b_kernel", "- | b_kernel"] and not reason
+    assert len(sass.compare(kept, kernels[:1], "V13.0.88")[0]) == 1
+    assert "another compiler" in sass.compare(kept, kernels[:1], "V13.1.0")[1]
+    assert "not counted" in sass.compare(kept, [replace(kernels[0], wide_loads=None)], "V13.0.88")[1]
 
 
 def test_what_a_triton_kernel_must_not_have():
