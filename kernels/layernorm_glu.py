@@ -3,11 +3,10 @@ forward pass (csrc/layernorm_glu.h, triton_layernorm_glu.py)."""
 
 import torch
 
-from cramfast.kernels import dispatch
+from cramfast.kernels import dispatch, linear
 from cramfast.kernels.extension import ACTIVATION_CODES, DTYPE_CODES, check, check_activations
 from cramfast.kernels.glu import glu_bwd, glu_fwd
 from cramfast.kernels.layernorm import MAX_WIDTH, layernorm_bwd, layernorm_fwd
-from cramfast.kernels.linear import input_gradient, product
 from cramfast.kernels.registry import register
 
 FUSED = ("cpp_fused", "triton", "emulated_fused")  # implementations with one kernel for the forward pass
@@ -76,7 +75,7 @@ class _LayerNormGlu(torch.autograd.Function):
             )
         else:
             y_ND, stream_ND, mean_N, rstd_N = layernorm_fwd(*norm, eps, implementation)
-            gates_N2F = product(y_ND, weight_2FD)
+            gates_N2F = linear.product(y_ND, weight_2FD)
             h_NF = glu_fwd(gates_N2F, activation, implementation)
         ctx.activation, ctx.eps, ctx.implementation = activation, eps, implementation
         ctx.has_residual = residual_ND is not None
@@ -93,7 +92,7 @@ class _LayerNormGlu(torch.autograd.Function):
         # One pass over the stream is cheaper than holding N x D normalised values from forward to backward.
         y_ND = layernorm_fwd(stream_ND, None, norm_weight_D, norm_bias_D, ctx.eps, ctx.implementation)[0]
         dweight_2FD = dgates_N2F.t() @ y_ND
-        dy_ND = input_gradient(dgates_N2F, weight_2FD)
+        dy_ND = linear.input_gradient(dgates_N2F, weight_2FD)
         dstream_ND = None if dstream_ND is None else dstream_ND.contiguous()
         dx_ND, dnorm_weight_D, dnorm_bias_D = layernorm_bwd(
             dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, norm_weight_D, ctx.implementation

@@ -44,7 +44,7 @@ def input_gradient(dy_NE, weight_ED):
         return dy_NE @ weight_ED
 
 
-class _Linear(torch.autograd.Function):
+class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, weight_ED):
         ctx.save_for_backward(x_ND, weight_ED)
@@ -62,4 +62,4 @@ def linear(x, weight):
     Only where half-precision accumulation is allowed is this more than torch's own: the flag stands for the whole
     process, so it is set around two of the three products and taken back for the third.
     """
-    return _Linear.apply(x, weight) if _allowed else F.linear(x, weight)
+    return LinearFunction.apply(x, weight) if _allowed else F.linear(x, weight)
