@@ -86,6 +86,7 @@ OPTIONS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
         config, optimizer="muon", muon_rate=1.0, lr=6 * config.lr, schedule="triangle"
     ),
     "Muon x 3, triangle": changed(optimizer="muon", muon_rate=3.0, schedule="triangle"),
+    "Muon x 1.5, decay 0.1": changed(optimizer="muon", muon_rate=1.5, weight_decay=0.1),
     "AdamW, lr / 2": lambda config: replace(config, lr=config.lr / 2),
     "AdamW, lr x 3": lambda config: replace(config, lr=3 * config.lr),
     "average 0.99": changed(ema_decay=0.99),
