@@ -89,7 +89,10 @@ def _files_of(source: str) -> list[Path]:
         matches = (p for p in map(Path, glob.glob(source, recursive=True)) if not is_prepared(p.parent))
         files = sorted(p for p in matches if p.is_file() and file_format(p))
         if not files:
-            raise UserError(f"{source}: no such file or folder, and no readable file matches it as a pattern")
+            raise UserError(
+                f"{source}: no such file or folder, and no readable file matches it as a pattern — check the path "
+                "given to --data"
+            )
     return files
 
 
@@ -166,7 +169,9 @@ def _readable(path: Path) -> Iterator[None]:
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
         raise UserError(f"{path}: damaged or truncated archive ({error}) — fetch or compress it again") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}) — check the path and its permissions"
+        ) from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -251,9 +256,11 @@ def _parse_json(line: str, path: Path, number: int) -> dict:
         what = f"{error.msg} at character {error.pos + 1}"
         raise UserError(f"{path}:{number}: not JSON ({what}) — each line must hold one object") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
-        raise UserError(f"{path}:{number}: not to be read as JSON ({error})") from None
+        raise UserError(f"{path}:{number}: not to be read as JSON ({error}) — each line must hold one object") from None
     if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: a JSON {type(row).__name__} where an object is expected")
+        raise UserError(
+            f"{path}:{number}: a JSON {type(row).__name__} where an object is expected — each line must hold one"
+        )
     return row
 
 
@@ -311,7 +318,7 @@ def _read_dataset(source: str, text_key: str) -> Iterator[str]:
         raise UserError(f"{source}: needs the datasets package — pip install 'cramfast[hf]'") from None
     name, config, split, *rest = [*source.removeprefix("hf:").split(":"), "", ""][:4]
     if not name or any(rest):
-        raise UserError(f"{source}: expected hf:NAME[:CONFIG[:SPLIT]]")
+        raise UserError(f"{source}: not the name of a dataset — give hf:NAME[:CONFIG[:SPLIT]]")
     load = partial(datasets.load_dataset, name, config or None, split=split or "train", streaming=True)
     for row in _streamed(source, load):
         yield from _text_of(row, text_key, source)

@@ -34,17 +34,19 @@ def read_rows(paths: Iterable[Path]) -> list[dict]:
     """Rows of results files, as `pytest bench/ --results FILE` writes them.
 
     Raises:
-        UserError: a file that is missing, or a line that is no JSON.
+        UserError: a file that is missing or of another kind, or a line that is no JSON.
     """
     rows = []
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            rows += [json.loads(line) for line in lines]
+            found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except OSError as error:
             raise UserError(f"--results {path}: unreadable ({error.strerror}) — give files of pytest bench/") from None
         except ValueError as error:
             raise UserError(f"--results {path}: damaged JSON ({error}) — measure again") from None
+        if not all(isinstance(row, dict) and row.keys() >= {"op", "implementation"} for row in found):
+            raise UserError(f"--results {path}: not of pytest bench/ --results FILE — give such a file")
+        rows += found
     return rows
 
 

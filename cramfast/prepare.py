@@ -208,7 +208,7 @@ def _building(folder: Path) -> Iterator[Path]:
             raise UserError(
                 f"{folder}: the disk is full; nothing was kept — free some space and run it again"
             ) from None
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}) — choose another folder") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -196,7 +196,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises the base class itself
-        raise UserError(f"tokenizer {path}: not a tokenizer.json ({error})") from error
+        raise UserError(
+            f"tokenizer {path}: not a tokenizer.json ({error}) — name one of the tokenizers library, or leave it out "
+            "for one of your text"
+        ) from error
     for index, token in enumerate(SPECIAL_TOKENS):
         if tokenizer.token_to_id(token) != index:
             raise UserError(

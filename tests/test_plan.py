@@ -170,6 +170,15 @@ def test_efficiencies_from_rows_of_a_benchmark():
     )
 
 
+@pytest.mark.parametrize("line", ['{"system": "cramfast", "tokens_per_s": 1.0}', "[1]", "3"])
+def test_results_of_another_benchmark_are_refused(tmp_path, line):
+    """Rows that are none would leave a prediction without what was measured, in silence."""
+    path = tmp_path / "step.jsonl"
+    path.write_text('{"op": "glu", "implementation": "ours"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"step\.jsonl: not of pytest bench/"):
+        measurements.read_rows([path])
+
+
 def recorded(folder, config, steps, **run):
     """A run's folder with `steps` of (microbatches, tokens, seconds) so far."""
     folder.mkdir(parents=True)

@@ -106,7 +106,10 @@ def pseudo_log_likelihoods(model: MaskedModel, sentences: Iterable[str]) -> dict
     copies: dict[bytes, tuple[int, list[int], list[int]]] = {}  # hidden ids -> place, targets, their sentences
     for owner, (sentence, encoding) in enumerate(zip(distinct, encodings, strict=True)):
         if len(encoding.ids) + 2 > model.max_len:
-            raise UserError(f"{model.name} takes {model.max_len} tokens, too few for {sentence[:60]!r}")
+            raise UserError(
+                f"{model.name} takes {model.max_len} tokens, too few for {sentence[:60]!r} — leave the pair out, or "
+                "train with a larger --model.max-len"
+            )
         ids = np.array([model.cls, *encoding.ids, model.sep], np.int32)
         for place, target in enumerate(encoding.ids, 1):
             ids[place] = model.mask

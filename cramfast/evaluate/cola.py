@@ -86,7 +86,9 @@ def read_annotations(path: Path, sentences: list[str]) -> dict[str, list[int]]:
     annotated: dict[str, list[str]] = {}
     for number, cells in rows:
         if len(cells) != len(header):
-            raise UserError(f"{path}:{number}: {len(cells)} columns where the first line has {len(header)}")
+            raise UserError(
+                f"{path}:{number}: {len(cells)} columns where the first line has {len(header)} — mend the line"
+            )
         annotated[cells[place].strip()] = cells
     binary = [
         column

@@ -221,7 +221,9 @@ def from_datasets(name: str, task: Task, split: str, skip_malformed: bool = Fals
         raise UserError(f"{where}: no column {missing[0]!r} (there: {there}) — is it GLUE?")
     names = getattr(rows.features["label"], "names", None)  # of a ClassLabel; the numbers mean nothing else
     if task.classes and names is not None and tuple(names) != (task.hf_classes or task.classes):
-        raise UserError(f"{where}: labels {', '.join(names)}, not {', '.join(task.hf_classes or task.classes)}")
+        raise UserError(
+            f"{where}: labels {', '.join(names)}, not {', '.join(task.hf_classes or task.classes)} — is it GLUE?"
+        )
     placed = ((f"{where}, row {number}", row) for number, row in enumerate(rows))
     return _collected(where, placed, lambda row: _hub_example(row, task), skip_malformed)
 

@@ -130,4 +130,6 @@ def longest_sequence(module: nn.Module) -> int:
             return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
     if longest := getattr(module.config, "max_position_embeddings", None):
         return longest
-    raise UserError(f"{module.config.model_type}: config.json does not say how long a sequence may be")
+    raise UserError(
+        f"{module.config.model_type}: config.json does not say how long a sequence may be — add max_position_embeddings"
+    )

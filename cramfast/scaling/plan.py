@@ -268,7 +268,7 @@ def read_plan(name: str, device: str) -> Plan:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}) — name a plan's .toml file") from None
     except ValueError as error:
-        raise UserError(f"{path}: no TOML ({error})") from None
+        raise UserError(f"{path}: no TOML ({error}) — mend it, as docs/scaling/README.md shows") from None
     return from_dict({"name": path.stem} | values | {"sizes": values.pop("sizes", [])}, str(path))
 
 
