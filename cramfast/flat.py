@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from cramfast.kernels.accumulate import accumulate, compiled_for
+
 ALIGNMENT = 16  # entries; 64 bytes of float32 and 32 of bfloat16, so that no vector load straddles a segment's start
 
 
@@ -14,7 +16,8 @@ class FlatParameters:
 
     The module's Parameters become views: of `half` for matrices when `dtype` is a half precision (kept, never recast),
     of `master` otherwise. Norm weights and biases always stay float32. Gradients gather in `grad`, float32, over any
-    number of backward passes.
+    number of backward passes; an embedding table's `row_sums`, where it has them, are its place there, for the rows
+    that were looked up (model.TokenLookup).
 
     Attributes:
         master, grad: (P,) float32, P the padded size.
@@ -50,6 +53,8 @@ class FlatParameters:
             parameter.data = view
         for (name, parameter), (_, view) in zip(ordered, self.views(self.grad), strict=True):
             parameter.register_post_accumulate_grad_hook(self.gather_into(name, view))
+            if id(parameter) in tables and compiled_for(parameter):
+                parameter.row_sums = view
 
     def views(self, flat: Tensor, offset: int = 0) -> Iterator[tuple[str, Tensor]]:
         """(name, view shaped like the parameter) of a buffer laid out like `master` from `offset` on."""
@@ -72,8 +77,9 @@ class FlatParameters:
         """
 
         def hook(parameter: Tensor) -> None:
-            view.add_(parameter.grad)
-            parameter.grad = None
+            if parameter.grad is not None:  # there is none where looked-up rows were all
+                accumulate(view, parameter.grad)
+                parameter.grad = None
             if self.gathered is not None:
                 self.gathered(name)
 

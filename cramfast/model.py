@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cramfast import kernels
 from cramfast.config import ModelConfig
 from cramfast.dropout import dropout
+from cramfast.kernels.accumulate import accumulate_rows
 from cramfast.kernels.linear import linear
 
 
@@ -83,17 +84,25 @@ class Head(nn.Module):
 
 
 class TokenLookup(torch.autograd.Function):
-    """weight[ids]; the gradient is summed in float32, because [MASK] alone adds thousands of rows to one."""
+    """weight[ids]; the gradient is summed in float32, because [MASK] alone adds thousands of rows to one.
+
+    Where the weight has `row_sums` (V, D), float32, its rows are added there and autograd gets none: a gradient of the
+    whole table for a few of its rows is most of the memory that a small batch moves.
+    """
 
     @staticmethod
     def forward(ctx, ids_N, weight_VD):
         ctx.save_for_backward(ids_N)
         ctx.rows, ctx.dtype = weight_VD.shape[0], weight_VD.dtype
+        ctx.row_sums_VD = getattr(weight_VD, "row_sums", None)
         return F.embedding(ids_N, weight_VD)
 
     @staticmethod
     def backward(ctx, grad_ND):
         (ids_N,) = ctx.saved_tensors
+        if ctx.row_sums_VD is not None:
+            accumulate_rows(ctx.row_sums_VD, ids_N.int(), grad_ND.contiguous())
+            return None, None
         wide_ND = grad_ND.to(torch.promote_types(grad_ND.dtype, torch.float32))
         grad_VD = torch.ops.aten.embedding_dense_backward(wide_ND, ids_N, ctx.rows, -1, False)
         return None, grad_VD.to(ctx.dtype)

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "accumulate.h"
 #include "adamw.h"
 #include "attention.h"
 #include "cpu_dispatch.h"
@@ -186,6 +187,22 @@ void bind_emulator(py::module_& m) {
   });
   m.attr("architecture") = CRAMFAST_EMULATED;
 }
+#else
+void bind_accumulate(py::module_& m) {
+  m.def(
+      "accumulate",
+      [](Cpu device, Address sum, Address values, Size size, int dtype) {
+        accumulate(device, {at<float>(sum), at<void>(values), size, dtype_of(dtype)});
+      },
+      py::call_guard<CallGuard>());
+  m.def(
+      "accumulate_rows",
+      [](Cpu device, Address sum, Address ids, Address values, Size rows, Size width, int dtype) {
+        accumulate_rows(device, {at<float>(sum), at<std::int32_t>(ids), at<void>(values), rows, width,
+                                 dtype_of(dtype)});
+      },
+      py::call_guard<CallGuard>());
+}
 #endif
 
 }  // namespace
@@ -202,6 +219,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &cpu_isa);
   m.attr("layernorm_max_width") = layernorm_max_width;
   bind_operators<Cpu>(m);
+  bind_accumulate(m);
 #ifdef CRAMFAST_CUDA
   bind_cuda(m);
   m.attr("cuda") = true;

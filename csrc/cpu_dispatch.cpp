@@ -5,6 +5,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "accumulate.h"
 #include "adamw.h"
 #include "attention.h"
 #include "cross_entropy.h"
@@ -87,3 +88,5 @@ CRAMFAST_CPU_OPERATOR(attention_fwd, AttentionForward)
 CRAMFAST_CPU_OPERATOR(attention_bwd, AttentionBackward)
 CRAMFAST_CPU_OPERATOR(cross_entropy, CrossEntropy)
 CRAMFAST_CPU_OPERATOR(adamw, AdamW)
+CRAMFAST_CPU_OPERATOR(accumulate, Accumulate)
+CRAMFAST_CPU_OPERATOR(accumulate_rows, AccumulateRows)
