@@ -1,5 +1,6 @@
 """Variable-length attention: csrc/attention.h."""
 
+import numpy as np
 import torch
 
 from cramfast.kernels import dispatch, extension
@@ -17,11 +18,12 @@ def _check_inputs(qkv, cu_seqlens, max_seqlen, cos, sin):
         raise ValueError(f"cu_seqlens: expected (S + 1,), got {tuple(cu_seqlens.shape)}")
     check("cu_seqlens", cu_seqlens, (len(cu_seqlens),), torch.int32)
     if qkv.device.type == "cpu":  # free to look at here; on a GPU it would wait for the device
-        lengths = cu_seqlens.diff()
-        if cu_seqlens[0] != 0 or (lengths < 0).any() or cu_seqlens[-1] > len(qkv):
+        offsets = cu_seqlens.numpy()  # a tensor's comparisons cost 20 us in every layer
+        lengths = np.diff(offsets)
+        if offsets[0] != 0 or lengths.min(initial=0) < 0 or offsets[-1] > len(qkv):
             raise ValueError(f"cu_seqlens: must start at 0, never decrease and end at {len(qkv)} at most")
-        if (lengths > max_seqlen).any():
-            raise ValueError(f"cu_seqlens: a sequence of {int(lengths.max())} tokens exceeds max_seqlen {max_seqlen}")
+        if lengths.max(initial=0) > max_seqlen:
+            raise ValueError(f"cu_seqlens: a sequence of {lengths.max()} tokens exceeds max_seqlen {max_seqlen}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table is not None:
             if len(table) < max_seqlen:
