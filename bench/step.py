@@ -18,6 +18,7 @@ from bench.systems import MASK_FRACTION, Options, Sequences
 from cramfast.errors import UserError
 
 PROFILED_STEPS = 3
+LEAST_STEPS = 3  # of a turn: the first ones after the others' turns are slow, twice as slow for eager transformers
 WARM_UPS = {"cpu": 2, "cpu compiled": 8, "cuda": 3, "cuda compiled": 3}  # on a CPU compilation meets several shapes
 
 
@@ -51,11 +52,11 @@ def build(name: str, options: Options, prepared: Path):
 
 
 def turn(system, device: str, seconds: float) -> dict:
-    """Train for at least so long; useful tokens a second and, on a CPU, ms a step by phase."""
+    """Train so long and LEAST_STEPS at least; useful tokens a second and, on a CPU, ms a step by phase."""
     phases: dict[str, float] = {}
     tokens = steps = 0
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while steps < LEAST_STEPS or time.perf_counter() - start < seconds:
         tokens += system.step(phases) if device == "cpu" else system.step()
         steps += 1
     if device == "cuda":

@@ -95,6 +95,8 @@ def prepare(
             raise UserError(f"{data[0]}: a run, which keeps no text — name the text, or go on with --resume {data[0]}")
         if curation != Curation():
             check_curation(Path(data[0]), curation, tuple(asdict(curation)))
+        if out is not None and out.resolve() != Path(data[0]).resolve():
+            raise UserError(f"{data[0]}: prepared already — train on it as it is, or name text for --out {out}")
         verify(Path(data[0]))  # reads it all once: a folder that was moved or edited must not fail in mid-run
         return Path(data[0])
     if not data:

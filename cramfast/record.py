@@ -8,6 +8,7 @@ from pathlib import Path
 from cramfast.errors import UserError
 from cramfast.scoretable import ScoreTable
 
+SCORES_REMEDY = "remove the file and evaluate again"
 EVALUATIONS = "evaluations"  # folder in a run's, one JSON file for each kind of evaluation
 
 
@@ -81,8 +82,11 @@ def parse_row(line: str | bytes) -> dict | None:
     return row if whole else None
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, remedy: str = "restore the file or train again") -> dict:
     """The JSON object in a file, {} when there is no such file.
+
+    Args:
+        remedy: what the error tells to do.
 
     Raises:
         UserError: the file is no JSON object.
@@ -92,9 +96,9 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}) — restore the file or train again") from error
+        raise UserError(f"{path}: not readable as JSON ({error}) — {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object — restore the file or train again")
+        raise UserError(f"{path}: holds no JSON object — {remedy}")
     return value
 
 
@@ -153,7 +157,7 @@ def read_scores(run_dir: Path) -> list[ScoreTable]:
     tables = []
     for path in sorted((run_dir / EVALUATIONS).glob("*.json")):
         try:
-            tables.append(ScoreTable(**read_json(path)["table"]))
+            tables.append(ScoreTable(**read_json(path, SCORES_REMEDY)["table"]))
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: holds no table ({error}) — remove it and evaluate again") from None
     return tables

@@ -141,3 +141,15 @@ def test_goals_of_the_step():
 
 def test_flash_attention_is_torchs_own():
     assert attention_peers.varlen_attn is torch.nn.attention.varlen.varlen_attn
+
+
+def test_a_turn_has_some_steps_however_slow_they_are():
+    class Slow:
+        steps = 0
+
+        def step(self, phases):
+            self.steps += 1
+            return 10
+
+    slow = Slow()
+    assert step.turn(slow, "cpu", 0.0)["tokens_per_s"] > 0 and slow.steps == step.LEAST_STEPS > 1

@@ -181,6 +181,11 @@ def test_perplexity_refuses(model):
         perplexity.measure(model, SENTENCES, perplexity.Masks(sequence_len=200))
     with pytest.raises(UserError, match="too short"):
         perplexity.measure(model, ["a"], perplexity.Masks(fraction=1e-9))
+    with pytest.raises(UserError, match="seed=-1 is not possible"):
+        perplexity.Masks(seed=-1)
+    arguments = perplexity.Arguments((model.folder,), ("no-such.txt",), characters=-5)
+    with pytest.raises(UserError, match="characters=-5 is not possible"):
+        arguments.run(None)
 
 
 # BLiMP
@@ -424,6 +429,8 @@ def test_own_task(tmp_path, run, monkeypatch, capsys):
     stored = json.loads((tmp_path / "o.json").read_text())
     assert stored["settings"]["classes"] == ["calm", "wild"] and stored["tasks"]["mood"]["scores"]["mood"][0] > 0.8
     assert "own task" in out and not (run / "evaluations").exists()
+    with pytest.raises(UserError, match=r"max_len=129 is not possible — use 128 or less"):
+        command(monkeypatch, capsys, *words, "--metric", "f1", "--max-len", 129)
     with pytest.raises(UserError, match=r"mood\.tsv:1: no column 'label'"):
         owntask.read_pair(train, dev, (), "label", False, False)
     with pytest.raises(UserError, match=r"mood\.tsv:2: label 'calm' is no number"):
@@ -445,6 +452,12 @@ def test_cola_says_what_it_needs(tmp_path, run, monkeypatch, capsys):
         command(monkeypatch, capsys, "cola", run, "--data", "hf:nyu-mll/glue")
     with pytest.raises(UserError, match="no CoLA scores") as raised:
         command(monkeypatch, capsys, "cola", run, "--data", data)
+    exported = tmp_path / "hf"
+    exported.mkdir()
+    (exported / "config.json").write_text("{}")
+    (exported / "model.safetensors").touch()
+    with pytest.raises(UserError, match="no run folder — name the run that the model comes from"):
+        command(monkeypatch, capsys, "cola", exported, "--data", data)
     hint = str(raised.value).split("run python -m cramfast.evaluate ")[1]
     assert hint == f"glue {run} --data {data} --tasks cola"
 

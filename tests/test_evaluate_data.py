@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cramfast.errors import UserError
-from cramfast.evaluate import blimp, cola, examples, glue, scores
+from cramfast.evaluate import blimp, cola, examples, glue, owntask, scores
 from cramfast.evaluate.tasks import NUMBERS, TASKS, find_task
 from cramfast.modelcard import with_scores
 from cramfast.scoretable import ScoreTable
@@ -61,6 +61,37 @@ def test_files_that_are_refused(tmp_path):
     path.write_text("index\tsentence1\tsentence2\tlabel\n")
     with pytest.raises(UserError, match="holds no examples"):
         examples.read_glue(path, TASKS["rte"])
+
+
+def test_a_pair_needs_both_its_texts_but_where_the_official_data_lack_one(tmp_path):
+    rte, qqp = tmp_path / "rte.tsv", tmp_path / "qqp.tsv"
+    rte.write_text("index\tsentence1\tsentence2\tlabel\n1\tone\ttwo\tentailment\n2\tone\t \tentailment\n")
+    with pytest.raises(UserError, match=r"rte\.tsv:3: one of two texts is missing — mend the row"):
+        examples.read_glue(rte, TASKS["rte"])
+    assert examples.read_glue(rte, TASKS["rte"], skip_malformed=True).left_out == 1
+    qqp.write_text("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t1\t2\t\ttwo\t0\n")
+    assert examples.read_glue(qqp, TASKS["qqp"]).texts == [("", "two")]
+    assert examples.read_glue(qqp, find_task("qqp-lite")).labels == [0.0]
+
+
+def test_own_files_that_are_refused(tmp_path):
+    train, dev = tmp_path / "train.tsv", tmp_path / "dev.tsv"
+    rows = "text\tmood\n" + "".join(f"a{i}\t{('calm', 'wild')[i % 2]}\n" for i in range(6))
+    dev.write_text(rows)
+
+    def read(text=(), skip=False):
+        return owntask.read_pair(train, dev, text, "mood", False, skip)
+
+    train.write_text(rows + "a b\t\n")
+    with pytest.raises(UserError, match=r"train\.tsv:8: label '' is none of calm, wild"):
+        read()
+    found, _, classes = read(skip=True)
+    assert (found.left_out, classes) == (1, ("calm", "wild"))
+    train.write_text(rows.replace("text\tmood", "text\ttext\tmood", 1))
+    with pytest.raises(UserError, match=r"train\.tsv:1: 2 columns 'text' — give each a name of its own"):
+        read(text=("text",))
+    with pytest.raises(UserError, match="--text mood: the column of the label"):
+        read(text=("mood",))
 
 
 def test_stand_ins_are_never_official():

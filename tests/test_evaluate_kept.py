@@ -8,7 +8,7 @@ from test_evaluate import command, pairs_file, write_glue
 from tiny_run import SENTENCES, make_run, tiny_config
 
 from cramfast.errors import UserError
-from cramfast.evaluate import checkpoints, examples, glue, jobs, owntask
+from cramfast.evaluate import checkpoints, examples, glue, jobs, masked, owntask
 from cramfast.evaluate.tasks import TASKS
 from cramfast.export import export
 
@@ -113,6 +113,55 @@ def test_scores_of_other_tasks_stay(tmp_path, monkeypatch, capsys):
     out.write_text(json.dumps(stored() | {"settings": stored()["settings"] | {"epochs": 9}}))
     assert "scores of rte (epochs=9, now 5)" in evaluate("cola", 1, "bfloat16")
     assert set(stored()["tasks"]) == {"cola"}
+
+
+def test_fewer_seeds_do_not_replace_more(tmp_path, monkeypatch, capsys):
+    run, data, out = make_run(tmp_path / "run", tiny_config()), write_glue(tmp_path / "glue"), tmp_path / "glue.json"
+    words = ("glue", run, "--data", data, "--tasks", "rte", "--threads", 1, "--dtype", "float32", "--out", out)
+    command(monkeypatch, capsys, *words, "--seeds", 2)
+    before = out.read_text()
+    with pytest.raises(UserError, match=r"glue\.json: has 2 seeds of rte, which 1 would replace — ask for more"):
+        command(monkeypatch, capsys, *words, "--seeds", 1)
+    assert out.read_text() == before
+
+
+def test_a_look_at_some_pairs_does_not_replace_all(tmp_path, monkeypatch, capsys):
+    run, pairs = make_run(tmp_path / "run", tiny_config()), pairs_file(tmp_path / "b.jsonl")
+    words = ("blimp", run, "--data", pairs, "--threads", 1)
+    command(monkeypatch, capsys, *words, "--limit-per-paradigm", 1)
+    command(monkeypatch, capsys, *words)  # more pairs may
+    before = (run / "evaluations" / "blimp.json").read_text()
+    with pytest.raises(UserError, match=r"blimp\.json: holds scores on 3 pairs, these are 1 — .*--out"):
+        command(monkeypatch, capsys, *words, "--limit-per-paradigm", 1)
+    assert (run / "evaluations" / "blimp.json").read_text() == before
+    command(monkeypatch, capsys, *words)  # and as many again
+
+
+@pytest.mark.parametrize("kind", ["blimp", "glue", "perplexity", "task"])
+def test_a_folder_for_the_result_is_refused_before_any_work(tmp_path, monkeypatch, capsys, kind):
+    run, pairs = make_run(tmp_path / "run", tiny_config()), pairs_file(tmp_path / "b.jsonl")
+    files = [tmp_path / f"{part}.tsv" for part in ("train", "dev")]
+    for file in files:
+        file.write_text("text\tlabel\n" + "".join(f"{SENTENCES[i]}\t{i % 2}\n" for i in range(8)))
+    words = {
+        "blimp": ("--data", pairs),
+        "glue": ("--data", write_glue(tmp_path / "glue"), "--tasks", "rte"),
+        "perplexity": ("--data", files[0]),
+        "task": ("--task-file", *files, "--metric", "accuracy"),
+    }[kind]
+    for module in (jobs, masked):
+        monkeypatch.setattr(module, "fit" if module is jobs else "log_probabilities", None)
+    with pytest.raises(UserError, match=r"--out .*out: a folder — name a file"):
+        (tmp_path / "out").mkdir()
+        command(monkeypatch, capsys, kind, run, *words, "--threads", 1, "--out", tmp_path / "out")
+
+
+def test_a_damaged_result_may_be_removed(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run", tiny_config())
+    (run / "evaluations").mkdir()
+    (run / "evaluations" / "blimp.json").write_text("{")
+    with pytest.raises(UserError, match=r"blimp\.json: not readable as JSON .* — remove the file and evaluate again"):
+        command(monkeypatch, capsys, "blimp", run, "--data", pairs_file(tmp_path / "b.jsonl"), "--threads", 1)
 
 
 def test_a_mean_of_some_tasks_is_called_partial(tmp_path):

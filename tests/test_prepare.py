@@ -304,6 +304,14 @@ def test_a_run_that_recorded_another_curation_than_its_folder_is_resumed(tmp_pat
     assert read_config(run / "config.json") == older
 
 
+def test_a_prepared_folder_is_not_prepared_into_another(tmp_path):
+    made = prepare((write_text(tmp_path / "a.txt"),), tmp_path / "made", **OPTIONS)
+    assert prepare((str(made),), None) == prepare((str(made),), tmp_path / "made") == made
+    with pytest.raises(UserError, match="made: prepared already — train on it as it is"):
+        prepare((str(made),), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_occupied_folder_is_left_alone(tmp_path, monkeypatch):
     data = write_text(tmp_path / "a.txt")
     (tmp_path / "here").mkdir()

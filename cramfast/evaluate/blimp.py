@@ -22,6 +22,7 @@ from cramfast.evaluate import results
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.masked import Hidden, MaskedModel, log_probabilities
 from cramfast.evaluate.stock import load_masked
+from cramfast.record import SCORES_REMEDY, read_json
 from cramfast.scoretable import ScoreTable
 
 PARADIGMS = 67  # of the whole set
@@ -164,6 +165,15 @@ def table(model: MaskedModel, scores: dict[str, ParadigmScore]) -> ScoreTable:
     )
 
 
+def keep_fuller(path: Path, model: MaskedModel, paradigms: list[Paradigm]) -> None:
+    """Raise UserError where `path` holds scores of this model on more pairs than these."""
+    stored = read_json(path, SCORES_REMEDY)
+    there = sum(entry["pairs"] for entry in stored.get("paradigms", {}).values())
+    asked = sum(len(paradigm.pairs) for paradigm in paradigms)
+    if there > asked and stored.get("model") == model.description():
+        raise UserError(f"{path}: holds scores on {there:,} pairs, these are {asked:,} — name another file with --out")
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Judge BLiMP's minimal pairs by pseudo-log-likelihood."""
@@ -176,7 +186,8 @@ class Arguments:
     """Take the first so many pairs of each paradigm; 0 takes all."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=lambda: Machine(dtype="auto"))
     out: Path | None = None
-    """JSON to write; by default evaluations/blimp.json in the run folder."""
+    """JSON to write; by default evaluations/blimp.json in the run folder, or for a Hugging Face folder
+    FOLDER.blimp.json here."""
 
     def run(self, console) -> None:
         """Judge, print, write.
@@ -187,12 +198,13 @@ class Arguments:
         require(self.limit_per_paradigm >= 0, f"limit_per_paradigm={self.limit_per_paradigm}", "use 0 or more")
         paradigms = read_blimp(self.data, self.limit_per_paradigm)
         model = load_masked(self.model)
+        path = results.path_of(model, "blimp", self.out)
+        keep_fuller(path, model, paradigms)
         self.machine.place(model.module)
         shown_progress = track(paradigms, "BLiMP", console=console, transient=True, disable=not console.is_terminal)
         scores = {paradigm.name: score(model, paradigm) for paradigm in shown_progress}
         shown = table(model, scores)
         shown.show(console)
-        path = results.path_of(model, "blimp", self.out)
         settings = {"limit_per_paradigm": self.limit_per_paradigm, "dtype": str(self.machine.resolve()[1])}
         paradigm_scores = {name: asdict(s) for name, s in scores.items()}
         result = {"kind": "blimp", "model": model.description(), "settings": settings, "paradigms": paradigm_scores}

@@ -21,7 +21,7 @@ from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.scores import accuracy, matthews
 from cramfast.evaluate.tasks import TASKS
 from cramfast.page import document
-from cramfast.record import EVALUATIONS, read_json
+from cramfast.record import EVALUATIONS, SCORES_REMEDY, read_json
 
 HARDEST = 30  # sentences shown that every seed misjudged
 PAGE_STYLE = """
@@ -190,8 +190,10 @@ class Arguments:
         """
         if str(self.data).startswith(HUB):
             raise UserError(f"--data {self.data}: not read here — give a folder that holds CoLA/dev.tsv")
+        if not (self.run_dir / "config.json").exists() or (self.run_dir / "model.safetensors").exists():
+            raise UserError(f"{self.run_dir}: no run folder — name the run that the model comes from")
         scored = self.run_dir / EVALUATIONS / "glue-cramming.json"
-        stored = read_json(scored)
+        stored = read_json(scored, SCORES_REMEDY)
         if "cola" not in stored.get("tasks", {}):
             glue = f"python -m cramfast.evaluate glue {self.run_dir} --data {self.data} --tasks cola"
             raise UserError(f"{scored}: no CoLA scores — run {glue}")

@@ -38,6 +38,8 @@ class Columns:
     texts: tuple[int, ...]
     label: int
     read_label: Callable[[str], float]
+    may_lack_one: bool = False
+    """Whether one text of a pair may be missing."""
 
 
 def class_reader(classes: tuple[str, ...]) -> Callable[[str], float]:
@@ -141,17 +143,25 @@ def _example(cells: list[str], columns: Columns) -> tuple[tuple[str, ...], float
     if len(cells) != columns.count:
         raise ValueError(f"{len(cells)} columns where {columns.count} are expected")
     text = tuple(cells[place] for place in columns.texts)
-    if not any(part.strip() for part in text):
-        raise ValueError("no text")
+    check_text(text, columns.may_lack_one)
     return text, columns.read_label(cells[columns.label])
+
+
+def check_text(parts: tuple[str, ...], may_lack_one: bool) -> None:
+    """Raise ValueError unless each part, or where one may be missing any, holds more than blanks."""
+    there = [bool(part.strip()) for part in parts]
+    if not (any(there) if may_lack_one else all(there)):
+        raise ValueError("no text" if not any(there) else "one of two texts is missing")
 
 
 def column_of(path: Path, header: list[str], name: str) -> int:
     """The number of a column.
 
     Raises:
-        UserError: the header does not name it.
+        UserError: the header does not name it, or names it twice.
     """
+    if header.count(name) > 1:
+        raise UserError(f"{path}:1: {header.count(name)} columns {name!r} — give each a name of its own")
     if name not in header:
         raise UserError(
             f"{path}:1: no column {name!r} (there: {', '.join(header)}) — the first line must name the columns"
@@ -171,7 +181,8 @@ def read_glue(path: Path, task: Task, skip_malformed: bool = False) -> Examples:
         return read_tsv(path, rows, columns, skip_malformed)
     header = next(rows, (1, [""]))[1]
     texts = tuple(column_of(path, header, name) for name in task.texts)
-    columns = Columns(len(header), texts, column_of(path, header, task.label), label_reader(task))
+    label = column_of(path, header, task.label)
+    columns = Columns(len(header), texts, label, label_reader(task), task.may_lack_one)
     return read_tsv(path, rows, columns, skip_malformed)
 
 
@@ -230,8 +241,9 @@ def from_datasets(name: str, task: Task, split: str, skip_malformed: bool = Fals
 
 def _hub_example(row: dict, task: Task) -> tuple[tuple[str, ...], float]:
     text, label = tuple(row[column] for column in task.hf_texts), row["label"]
-    if not all(isinstance(part, str) for part in text) or not any(part.strip() for part in text):
+    if not all(isinstance(part, str) for part in text):
         raise ValueError("no text")
+    check_text(text, task.may_lack_one)
     lowest, highest = (0, len(task.classes) - 1) if task.classes else (task.lowest, task.highest)
     if label is None or not lowest <= label <= highest:  # also true of NaN, and of the -1 of test sets
         raise ValueError(f"label {label} is outside {lowest:g} to {highest:g}")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cramfast.config import require
+from cramfast.errors import UserError
 from cramfast.evaluate import jobs, results
 from cramfast.evaluate.checkpoints import Checkpoint, load
 from cramfast.evaluate.examples import dev_name, is_official, load_glue
@@ -87,7 +88,8 @@ class Arguments:
     """Leave out rows that cannot be used, and count them, instead of stopping (the official QQP has some)."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=lambda: Machine(dtype="auto"))
     out: Path | None = None
-    """JSON to write; by default evaluations/glue-PROTOCOL.json in the run folder."""
+    """JSON to write; by default evaluations/glue-PROTOCOL.json in the run folder, or for a Hugging Face folder
+    FOLDER.glue-PROTOCOL.json here."""
 
     def run(self, console) -> None:
         """Fine-tune, print, write after every fit.
@@ -96,6 +98,7 @@ class Arguments:
             UserError: bad data or model.
         """
         require(self.seeds >= 1, f"seeds={self.seeds}", "use 1 or more")
+        require(len(self.tasks) > 0, "no --tasks", f"name some of {', '.join(TASKS)}")
         tasks = [find_task(name) for name in dict.fromkeys(self.tasks)]
         if self.protocol == "mnli-start" and not any(task.name.startswith("mnli") for task in tasks):
             tasks.append(TASKS["mnli"])
@@ -109,6 +112,11 @@ class Arguments:
         path = results.path_of(model, f"glue-{self.protocol}", self.out)
         before = results.earlier(console, path, model, settings)
         anew = self._measured_anew(prepared, before)
+        for job in prepared:
+            scored = before.get(job.name, {})
+            if job.name in anew and scored.get("rows") == job.rows and len(scored["seeds"]) > self.seeds:
+                kept = f"{path}: has {len(scored['seeds'])} seeds of {job.name}"
+                raise UserError(f"{kept}, which {self.seeds} would replace — ask for more, or name another --out")
         stored = {name: entry for name, entry in before.items() if name not in anew}
         for seed in range(self.seeds):
             tuned = model.encoder

@@ -21,9 +21,12 @@ def find_columns(path: Path, header: list[str], text: tuple[str, ...], label: st
     """(numbers of the one or two text columns, number of the label column).
 
     Raises:
-        UserError: the header does not name them, or does not say which of several columns are texts.
+        UserError: the header does not name them, or does not say which of several columns are texts; the label is
+            one of them.
     """
     place = column_of(path, header, label)
+    if label in text:
+        raise UserError(f"--text {label}: the column of the label — name others, or another --label")
     texts = tuple(column_of(path, header, name) for name in text)
     texts = texts or tuple(number for number in range(len(header)) if number != place)
     if not 1 <= len(texts) <= 2:
@@ -32,12 +35,12 @@ def find_columns(path: Path, header: list[str], text: tuple[str, ...], label: st
 
 
 def find_classes(path: Path, label: int) -> tuple[str, ...]:
-    """The labels of a training file, sorted.
+    """The labels of a training file, sorted; what is no label is found when the rows are read.
 
     Raises:
         UserError: a single one, or nearly as many as there are rows.
     """
-    cells = [row[label] for number, row in read_rows(path) if number > 1 and len(row) > label]
+    cells = [row[label] for number, row in read_rows(path) if number > 1 and len(row) > label and row[label].strip()]
     classes = tuple(sorted(set(cells)))
     if len(classes) < 2:
         raise UserError(f"{path}: {len(classes)} different labels — a classifier needs two or more")
@@ -108,7 +111,8 @@ class Arguments:
     """Leave out rows that cannot be used, and count them, instead of stopping."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=lambda: Machine(dtype="auto"))
     out: Path | None = None
-    """JSON to write; by default evaluations/task-NAME.json in the run folder."""
+    """JSON to write; by default evaluations/task-NAME.json in the run folder, or for a Hugging Face folder
+    FOLDER.task-NAME.json here."""
 
     def run(self, console) -> None:
         """Fine-tune, print, write.
@@ -122,6 +126,11 @@ class Arguments:
         regression = self.metric in REGRESSION
         train, dev, classes = read_pair(*self.task_file, self.text, self.label, regression, self.skip_malformed)
         model = load(self.model)
+        path = results.path_of(model, f"task-{name}", self.out)
+        longest = model.encoder.config.max_len
+        require(
+            self.protocol.max_len <= longest, f"max_len={self.protocol.max_len}", f"use {longest} or less: the model's"
+        )
         job = jobs.make_job(model, self.protocol, name, len(classes), self.metric, train, {name: dev}, "own task")
         device, dtype = self.machine.resolve()
         stored: dict[str, dict] = {}
@@ -129,7 +138,6 @@ class Arguments:
             jobs.run(job, model.encoder, self.protocol, seed, device, dtype, console, stored)
         shown = ScoreTable(f"Own task {name}: {model.name}", jobs.COLUMNS, jobs.table_rows(stored), [])
         shown.show(console)
-        path = results.path_of(model, f"task-{name}", self.out)
         settings = {"files": [file.name for file in self.task_file], "classes": classes, "dtype": str(dtype)}
         result = {"kind": "task", "model": model.description(), "settings": settings | asdict(self.protocol)}
         results.write(path, result | {"tasks": stored}, shown)

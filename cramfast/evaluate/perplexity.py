@@ -41,6 +41,7 @@ class Masks:
 
     def __post_init__(self):
         require(0 < self.fraction < 1, f"fraction={self.fraction}", "use a value between 0 and 1, such as 0.15")
+        require(0 <= self.seed < 2**63, f"seed={self.seed}", "use 0 or more")
         require(self.sequence_len >= 8, f"sequence_len={self.sequence_len}", "use 8 or more")
 
     def chosen(self, unit_N: np.ndarray, eligible_N: np.ndarray) -> np.ndarray:
@@ -211,7 +212,8 @@ class Arguments:
     text_key: str = "text"
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
     out: Path | None = None
-    """JSON to write; by default evaluations/perplexity.json in every run folder given."""
+    """JSON to write; by default evaluations/perplexity.json in every run folder given, and for a Hugging Face folder
+    FOLDER.perplexity.json here."""
 
     def run(self, console) -> None:
         """Measure, print, write.
@@ -221,8 +223,10 @@ class Arguments:
         """
         if not self.models:
             raise UserError("no model given — name run folders or Hugging Face folders")
+        require(self.characters >= 0, f"characters={self.characters}", "use 0 or more")
         texts = list(shortened(read_documents(self.data, self.documents, self.text_key), self.characters))
         models = [load_masked(path) for path in self.models]
+        paths = [results.path_of(model, "perplexity", self.out) for model in models]
         measured = {}
         for model in models:
             self.machine.place(model.module)
@@ -234,7 +238,6 @@ class Arguments:
         figures = {name: to_json(result) for name, result in measured.items()}
         settings = {"data": [Path(source).name for source in self.data], "characters": self.characters}
         result = {"kind": "perplexity", "settings": settings | asdict(self.masks), "results": figures}
-        for model in models[:1] if self.out else models:
-            path = results.path_of(model, "perplexity", self.out)
+        for model, path in list(zip(models, paths, strict=True))[: 1 if self.out else None]:
             results.write(path, result, shown)
             results.announce(console, path, model, self.out)

@@ -7,13 +7,19 @@ from cramfast import atomic, modelcard, report
 from cramfast.errors import UserError
 from cramfast.evaluate.checkpoints import name_of
 from cramfast.evaluate.masked import MaskedModel
-from cramfast.record import EVALUATIONS, read_json, read_record
+from cramfast.record import EVALUATIONS, SCORES_REMEDY, read_json, read_record
 from cramfast.scoretable import ScoreTable
 
 
 def path_of(model: MaskedModel, name: str, out: Path | None) -> Path:
-    """--out, or RUN/evaluations/NAME.json; for a folder that is no run, ./FOLDER.NAME.json, or ./RUN-hf.NAME.json."""
+    """--out, or RUN/evaluations/NAME.json; for a folder that is no run, ./FOLDER.NAME.json, or ./RUN-hf.NAME.json.
+
+    Raises:
+        UserError: `out` is a folder.
+    """
     if out is not None:
+        if out.is_dir():
+            raise UserError(f"--out {out}: a folder — name a file")
         return out
     if model.run_dir is not None:
         return model.run_dir / EVALUATIONS / f"{name}.json"
@@ -46,7 +52,7 @@ def earlier(console, path: Path, model: MaskedModel, settings: dict) -> dict[str
 
     Which tasks those are, and what differs, is printed: the next `write` to `path` drops them.
     """
-    stored = read_json(path)
+    stored = read_json(path, SCORES_REMEDY)
     found, wanted = stored.get("model", {}) | stored.get("settings", {}), model.description() | settings
     different = [f"{key}={found.get(key)}, now {value}" for key, value in wanted.items() if found.get(key) != value]
     tasks = stored.get("tasks", {})

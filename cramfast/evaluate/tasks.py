@@ -38,6 +38,7 @@ class Task:
     lowest, highest: range of a regression label.
     dev_folder: where the development set is, if not in `folder`.
     official: False for a part or a stand-in of the task's data.
+    may_lack_one: whether rows with one text of a pair missing belong to the official data.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Task:
     highest: float = 0.0
     dev_folder: str | None = None
     official: bool = True
+    may_lack_one: bool = False
 
     @property
     def header(self) -> bool:
@@ -91,7 +93,7 @@ TASKS: dict[str, Task] = {
         Task("sts-b", "STS-B", PAIR, "score", (), "pearson", 5749, dev(1500), "stsb", PAIR, highest=5.0),
         Task(
             "qqp", "QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), "f1", 363846, dev(40430), "qqp",
-            ("question1", "question2"), ("not_duplicate", "duplicate"),
+            ("question1", "question2"), ("not_duplicate", "duplicate"), may_lack_one=True,
         ),
         Task(
             "mnli", "MNLI", PAIR, "gold_label", ("entailment", "neutral", "contradiction"), "accuracy", 392702,
