@@ -8,7 +8,7 @@ from test_evaluate import command, pairs_file, write_glue
 from tiny_run import SENTENCES, make_run, tiny_config
 
 from cramfast.errors import UserError
-from cramfast.evaluate import checkpoints, examples, glue, jobs, masked, owntask
+from cramfast.evaluate import blimp, checkpoints, examples, glue, jobs, owntask, perplexity
 from cramfast.evaluate.tasks import TASKS
 from cramfast.export import export
 
@@ -131,7 +131,7 @@ def test_a_look_at_some_pairs_does_not_replace_all(tmp_path, monkeypatch, capsys
     command(monkeypatch, capsys, *words, "--limit-per-paradigm", 1)
     command(monkeypatch, capsys, *words)  # more pairs may
     before = (run / "evaluations" / "blimp.json").read_text()
-    with pytest.raises(UserError, match=r"blimp\.json: holds scores on 3 pairs, these are 1 — .*--out"):
+    with pytest.raises(UserError, match=r"blimp\.json: holds scores on 3 pairs, these are 2 — .*--out"):
         command(monkeypatch, capsys, *words, "--limit-per-paradigm", 1)
     assert (run / "evaluations" / "blimp.json").read_text() == before
     command(monkeypatch, capsys, *words)  # and as many again
@@ -141,18 +141,20 @@ def test_a_look_at_some_pairs_does_not_replace_all(tmp_path, monkeypatch, capsys
 def test_a_folder_for_the_result_is_refused_before_any_work(tmp_path, monkeypatch, capsys, kind):
     run, pairs = make_run(tmp_path / "run", tiny_config()), pairs_file(tmp_path / "b.jsonl")
     files = [tmp_path / f"{part}.tsv" for part in ("train", "dev")]
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(SENTENCES))
     for file in files:
         file.write_text("text\tlabel\n" + "".join(f"{SENTENCES[i]}\t{i % 2}\n" for i in range(8)))
     words = {
         "blimp": ("--data", pairs),
         "glue": ("--data", write_glue(tmp_path / "glue"), "--tasks", "rte"),
-        "perplexity": ("--data", files[0]),
+        "perplexity": ("--data", text),
         "task": ("--task-file", *files, "--metric", "accuracy"),
     }[kind]
-    for module in (jobs, masked):
-        monkeypatch.setattr(module, "fit" if module is jobs else "log_probabilities", None)
+    for module, work in ((jobs, "fit"), (blimp, "score"), (perplexity, "measure")):
+        monkeypatch.setattr(module, work, None)
+    (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"--out .*out: a folder — name a file"):
-        (tmp_path / "out").mkdir()
         command(monkeypatch, capsys, kind, run, *words, "--threads", 1, "--out", tmp_path / "out")
 
 
