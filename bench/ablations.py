@@ -14,7 +14,6 @@ quiet machine: the times of a busy one say nothing. Small models keep two cores 
 (--jobs 2 --threads 1) than as one run of two; then every run has the same company.
 """
 
-import json
 import math
 import multiprocessing
 import signal
@@ -32,11 +31,11 @@ import tyro
 from rich.console import Console
 
 from bench import machine
-from bench.tables import read
+from bench.tables import append, read
 from cramfast import stages
 from cramfast.allocator import keep_freed_memory
 from cramfast.budget import Budget
-from cramfast.config import TrainConfig, config_hash
+from cramfast.config import TrainConfig, config_hash, require
 from cramfast.errors import UserError, command
 from cramfast.recipes import choose_device, crammed, plain, resolve
 from cramfast.record import read_record, span
@@ -119,6 +118,13 @@ class Options:
     show: bool = False
     """Print the table of --results as it is, and stop."""
 
+    def __post_init__(self):
+        for least, keys in ((1, ("seeds", "jobs")), (0, ("tokens", "threads"))):
+            for key in keys:
+                require(getattr(self, key) >= least, f"--{key} {getattr(self, key)}", f"use {least} or more")
+        minutes = self.minutes_per_run
+        require(0 < minutes < math.inf, f"--minutes-per-run {minutes}", "use a finite value above 0")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -191,12 +197,7 @@ def workers(options: Options) -> Iterator[Executor]:
     """Processes that train, as many as runs go at a time, and a folder for what they leave.
 
     An exception, as of Ctrl-C, kills them: nothing of an unfinished run is of use.
-
-    Raises:
-        UserError: fewer than one.
     """
-    if options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs}: use 1 or more")
     with tempfile.TemporaryDirectory() as scratch:
         started = (options.threads, scratch)
         with Workers(options.jobs, multiprocessing.get_context("spawn"), begin, started) as pool:
@@ -246,7 +247,6 @@ def open_results(options: Options, config: TrainConfig, prepared: Path, pool: Ex
                 raise UserError(f"{options.results}: begun with {key}={getattr(plan, key)!r}, not {value!r} — {remedy}")
         return plan, rows
     plan = new_plan(options, config, prepared, pool)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     append(options.results, {"plan": vars(plan)} | machine.description())
     return plan, []
 
@@ -261,12 +261,6 @@ def read_results(path: Path) -> tuple[Plan, list[dict]]:
     if not rows or "plan" not in rows[0]:
         raise UserError(f"{path}: does not begin with a plan — choose another --results")
     return Plan(**rows[0]["plan"]), rows[1:]
-
-
-def append(results: Path, row: dict) -> None:
-    """Add a line."""
-    with results.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(row) + "\n")
 
 
 def equal_tokens(names: list[str], plan: Plan, seeds: int) -> Iterator[Run]:

@@ -1,11 +1,10 @@
 """Options, the closing tables, and one JSON line a number, written as soon as there is one."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from bench import goals, machine
+from bench import goals, machine, tables
 from cramfast.allocator import keep_freed_memory
 from cramfast.kernels import dispatch
 
@@ -49,9 +48,7 @@ def record(request):
         row = row | machine.description(device)
         ROWS.append(row)
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as out:
-                out.write(json.dumps(row) + "\n")
+            tables.append(path, row)
 
     return keep
 

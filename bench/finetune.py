@@ -5,7 +5,6 @@ batch to its own longest example (dynamic padding). They train in turn, task by 
 the clock runs over updates only. Scores stand beside the times, because speed at another score means nothing.
 """
 
-import json
 import math
 import statistics
 import tempfile
@@ -20,8 +19,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine
+from bench import machine, tables
 from cramfast.allocator import keep_freed_memory
+from cramfast.config import require
 from cramfast.errors import command
 from cramfast.evaluate import checkpoints, finetune, glue
 from cramfast.evaluate.examples import dev_name
@@ -54,6 +54,11 @@ class Options:
     """CPU threads of both; 0 leaves the choice to torch."""
     results: Path | None = None
     """Append one JSON line for every task and system to this file."""
+
+    def __post_init__(self):
+        for key, least in (("seeds", 1), ("limit", 0), ("threads", 0)):
+            require(getattr(self, key) >= least, f"--{key} {getattr(self, key)}", f"use {least} or more")
+        require(bool(self.tasks), "--tasks without a name", "name a task, or leave it out")
 
 
 def fit_stock(
@@ -154,19 +159,19 @@ def main() -> None:
     keep_freed_memory()
     dtype = getattr(torch, choose_dtype("cpu") if options.dtype == "auto" else options.dtype)
     protocol = replace(Protocol(), epochs=options.epochs)
+    tasks = [find_task(name) for name in options.tasks]
+    if options.results:
+        tables.append(options.results)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(options.run, Path(scratch) / "hf").path
-        for name in options.tasks:
-            rows += measure(find_task(name), folder, options, protocol, dtype)
+        for task in tasks:
+            rows += measure(task, folder, options, protocol, dtype)
             show(rows[-len(SYSTEMS) :])
     show(rows)
     if options.results:
         settings = {"seeds": options.seeds, "limit": options.limit, "dtype": str(dtype), **asdict(protocol)}
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        with options.results.open("a") as out:
-            for row in rows:
-                out.write(json.dumps(row | settings | machine.description()) + "\n")
+        tables.append(options.results, *(row | settings | machine.description() for row in rows))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from rich.console import Console
 from torch import Tensor
 
 from bench import machine
-from bench.ablations import append, spread, train_once
-from bench.tables import read
+from bench.ablations import spread, train_once
+from bench.tables import append, read
 from cramfast import model, stages
 from cramfast.allocator import keep_freed_memory
 from cramfast.budget import Budget
-from cramfast.config import TrainConfig, config_hash
+from cramfast.config import TrainConfig, config_hash, require
 from cramfast.errors import UserError, command
 from cramfast.kernels import linear
 from cramfast.recipes import plain, resolve
@@ -55,6 +55,11 @@ class Options:
     seeds: int = 3
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
+
+    def __post_init__(self):
+        for key, least in (("tokens", 1), ("seeds", 1), ("threads", 0)):
+            require(getattr(self, key) >= least, f"--{key} {getattr(self, key)}", f"use {least} or more")
+        require(self.width >= 0 and self.width % 64 == 0, f"--width {self.width}", "use 0 or a multiple of 64")
 
 
 @numba.njit(inline="always")

@@ -4,7 +4,6 @@ Each preset has a process of its own, so that its peak memory is its own. Parts 
 so that both see the same weather. The goal is an error of at most 15 %.
 """
 
-import json
 import multiprocessing
 import statistics
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import machine
+from bench import machine, tables
 from cramfast import calibration, footprint
 from cramfast.allocator import keep_freed_memory
 from cramfast.forecast import forecast
@@ -97,6 +96,8 @@ def main() -> None:
     import tyro
 
     options = tyro.cli(Options, description=__doc__)
+    if options.results:
+        tables.append(options.results)
     context = multiprocessing.get_context("spawn")
     for preset, tokens in zip(options.presets, options.microbatch_tokens, strict=True):
         receiver, sender = context.Pipe(duplex=False)
@@ -114,8 +115,7 @@ def main() -> None:
             flush=True,
         )
         if options.results:
-            with options.results.open("a") as out:
-                out.write(json.dumps(row | machine.description()) + "\n")
+            tables.append(options.results, row | machine.description())
 
 
 if __name__ == "__main__":

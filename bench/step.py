@@ -5,7 +5,6 @@ slice of seconds each, so that all share the machine's weather and none runs bes
 their memory at the same time.
 """
 
-import json
 import multiprocessing
 import resource
 import statistics
@@ -205,10 +204,12 @@ def main() -> None:
     """Prepare the text, measure, print, append to the results file."""
     import tyro
 
-    from bench import goals, machine
+    from bench import goals, machine, tables
     from cramfast.prepare import prepare
 
     options = tyro.cli(Options, description=__doc__).resolved()
+    if options.results:
+        tables.append(options.results)
     prepared = prepare(options.data, None, vocab_size=options.vocab_size, documents=options.documents)
     rows = measure(options, prepared)
     if options.device == "cuda":
@@ -222,10 +223,7 @@ def main() -> None:
             if verdict.goal.what == "step":
                 print(f"goal {verdict.goal.text()}: {verdict.text()}")
     if options.results:
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        with options.results.open("a") as out:
-            for row in rows:
-                out.write(json.dumps(row) + "\n")
+        tables.append(options.results, *rows)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,28 @@ def read(path: Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"{path}: unreadable ({error.strerror})") from None
+        remedy = "give the file that a benchmark wrote as its --results"
+        raise UserError(f"{path}: unreadable ({error.strerror}) — {remedy}") from None
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
             raise UserError(f"{path}:{number}: damaged JSON ({error}) — remove the line, or measure again") from None
     return rows
+
+
+def append(path: Path, *rows: Mapping) -> None:
+    """Add lines to a results file; none: make sure, before anything is measured, that lines can be added.
+
+    Raises:
+        UserError: a folder, or a place that cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"--results {path}: cannot be written ({error.strerror}) — name another file") from None
 
 
 def grid(header: Iterable[str], rows: Iterable[Iterable[str]], left: int) -> str:

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import attention_peers, goals, peers, test_kernels
+from bench import attention_peers, finetune, goals, peers, plan, step, test_kernels
+from cramfast.errors import UserError
 from cramfast.kernels.cases import CASES, on_device
 from cramfast.stopwatch import COLD_BYTES, HEAD_START_S, Stopwatch, interleaved
 
@@ -187,6 +188,31 @@ def test_other_sizes_are_measured_on_request():
     for asked, message in (("D", "write NAME=NUMBER"), ("D=big", "write NAME=NUMBER"), ("Z=3", "no operator has Z")):
         with pytest.raises(pytest.UsageError, match=message):
             test_kernels._resized(goals.SHAPES, asked)
+
+
+@pytest.mark.parametrize("words", ["--seeds 0", "--limit -1", "--threads -1", "--tasks"])
+def test_finetune_checks_its_ranges(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["finetune", "run", "--data", "glue", *words.split()])
+    with pytest.raises(UserError, match=f"^{words}.* is not possible — "):
+        finetune.main()
+
+
+@pytest.mark.parametrize(
+    ("module", "work", "words"),
+    [(finetune, "export", ["run", "--data", "glue"]), (step, "measure", []), (plan, "measure", [])],
+)
+def test_results_that_cannot_be_written_are_found_before_the_work(monkeypatch, tmp_path, module, work, words):
+    monkeypatch.setattr(module, work, lambda *arguments: pytest.fail("began"))
+    monkeypatch.setattr("sys.argv", ["bench", *words, "--results", str(tmp_path)])
+    with pytest.raises(UserError, match=f"^--results {tmp_path}: cannot be written .*Is a directory.* — name another"):
+        module.main()
+
+
+def test_finetune_knows_its_tasks_before_the_first_fit(monkeypatch):
+    monkeypatch.setattr(finetune, "export", lambda *arguments: pytest.fail("began"))
+    monkeypatch.setattr("sys.argv", ["finetune", "run", "--data", "glue", "--tasks", "rte", "rtf"])
+    with pytest.raises(UserError, match="task 'rtf' does not exist"):
+        finetune.main()
 
 
 def test_clocks_and_driver_are_read_beside_the_card(monkeypatch):

@@ -8,6 +8,7 @@ from fake_loader import FakeSource, small_config
 from bench import half_accumulation
 from bench.half_accumulation import SYSTEMS, losses, product_in_half, train_by
 from cramfast import model
+from cramfast.errors import UserError
 from cramfast.kernels import linear
 from cramfast.model import Encoder
 
@@ -69,3 +70,12 @@ def test_differences_are_those_of_the_same_seed():
     table = losses(rows)
     assert [row[2] for row in table.rows] == ["-0.250 ± 0.000", "+0.000 ± 0.000", "+0.250 ± 0.000"]
     assert [row[3:] for row in table.rows] == [["0", "2"], ["2", "2"], ["4", "2"]]
+
+
+@pytest.mark.parametrize("words", ["--tokens 0", "--seeds 0", "--width 100", "--width -64", "--threads -1"])
+def test_ranges_are_checked_before_anything_is_written(monkeypatch, tmp_path, words):
+    monkeypatch.setattr(half_accumulation.stages, "prepare_text", lambda config: pytest.fail("prepared"))
+    monkeypatch.setattr("sys.argv", ["half", "--results", str(tmp_path / "rows.jsonl"), *words.split()])
+    with pytest.raises(UserError, match=f"^{words} is not possible — use "):
+        half_accumulation.main()
+    assert not list(tmp_path.iterdir())

@@ -94,16 +94,18 @@ def pretended(tmp_path):
         f'[[ "$*" != *"$(cat {tmp_path}/broken 2>/dev/null || echo none)"* ]]\n'
     )
     python.chmod(0o755)
-    corpus = tmp_path / "data" / "corpus"
-    for folder in (corpus, tmp_path / "data" / "glue", tmp_path / "data" / "blimp"):
+    corpus, glue, blimp = (tmp_path / "data" / name for name in ("corpus", "glue", "blimp"))
+    for folder in (corpus, glue / "RTE", blimp):
         folder.mkdir(parents=True)
     for name in ("small.txt.xz", "wiki.txt.xz", "README.md", "BOOKS.txt"):
         (corpus / name).touch()
+    (blimp / "blimp.jsonl.xz").touch()
 
-    def run(*words):
+    def run(*words, **settings):
         (tmp_path / "calls").write_text("")
-        environment = os.environ | {"PYTHON": str(python), "TASKS": "cola rte", "JOBS": "1"}
+        environment = os.environ | {"PYTHON": str(python), "TASKS": "cola rte", "JOBS": "1"} | settings
         done = subprocess.run([SCRIPT, *words], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        run.said = done.stderr
         return done.returncode, (tmp_path / "calls").read_text().splitlines()
 
     return run
@@ -130,3 +132,48 @@ def test_the_script_goes_on_where_it_was_cut_off(tmp_path, pretended):
     assert commands.splitlines()[0].startswith("python -m cramfast.prepare --data CORPUS/wiki.txt.xz --out OUT/text")
     assert str(tmp_path) not in commands and commands.count("\n") == 1 + 2 * (1 + 1 + 2)
     assert [call for call in pretended("data/corpus", "out")[1] if "bench.runs" not in call] == []
+
+
+def test_the_script_does_not_mix_results_of_two_settings(pretended):
+    assert pretended("data/corpus", "out")[0] == 0
+    for settings, before, now in (
+        ({"BUDGET": "20m"}, "crammed-train was made with '--budget 45m'", "not '--budget 20m'"),
+        ({"SEED": "1", "PRESET": "tiny"}, "'--preset mini --seed 0'", "not '--preset tiny --seed 1'"),
+        ({"SEEDS": "1"}, "crammed-cola was made with '--seeds 3'", "not '--seeds 1'"),
+        ({"SETTINGS": "--lr 1"}, "crammed-train was made with ''", "not '--lr 1'"),
+    ):
+        assert pretended("data/corpus", "out", **settings) == (2, [])
+        assert before in pretended.said and now in pretended.said and pretended.said.count("\n") == 1
+    assert pretended("data/corpus", "out", JOBS="2")[0] == 0  # the number of threads changes no result
+
+
+def test_the_script_refuses_other_settings_before_it_trains_the_rest(tmp_path, pretended):
+    (tmp_path / "broken").write_text("--recipe cramfast")
+    assert pretended("data/corpus", "out")[0] == 1
+    (tmp_path / "broken").unlink()
+    assert pretended("data/corpus", "out", SEEDS="1") == (2, [])
+    assert pretended("data/corpus", "out", RECIPES="cramfast crammed", SEEDS="1") == (2, [])
+    assert pretended("data/corpus", "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("corpus", "settings", "said"),
+    [
+        ("data/corpsu", {}, "CORPUS data/corpsu does not exist"),
+        ("data/glue", {}, "no .xz file there"),
+        ("data/corpus", {"GLUE": "gleu"}, "set GLUE= to where"),
+        ("data/corpus", {"BLIMP": "blimp.xz"}, "set BLIMP= to the file"),
+    ],
+)
+def test_the_script_says_what_is_missing_before_it_makes_anything(tmp_path, pretended, corpus, settings, said):
+    assert pretended(corpus, "out", **settings) == (2, [])
+    assert said in pretended.said and pretended.said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_script_says_that_python_has_no_torch(tmp_path, pretended):
+    bare, error = tmp_path / "bare", "ModuleNotFoundError: No module named 'torch'"
+    bare.write_text(f'#!/bin/bash\nprintf "Traceback:\\n{error}\\n" >&2; exit 1\n')
+    bare.chmod(0o755)
+    assert pretended("data/corpus", "out", PYTHON=str(bare)) == (2, [])
+    remedy = "set PYTHON= to one that has cramfast, or pip install -e . with it"
+    assert pretended.said == f"error: PYTHON={bare}: {error} — {remedy}\n" and not (tmp_path / "out").exists()

@@ -69,7 +69,7 @@ def test_damaged_results_and_pages_are_refused(tmp_path):
     path.write_text('{"op": 1}\n{"op"')
     with pytest.raises(UserError, match=r"rows.jsonl:2: damaged JSON"):
         tables.read(path)
-    with pytest.raises(UserError, match="unreadable"):
+    with pytest.raises(UserError, match=r"unreadable .* — give the file that a benchmark wrote"):
         tables.read(tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match="needs one line"):
         tables.written("no marks", "table")
