@@ -21,17 +21,16 @@ def accumulate(total, values):
     """total += values.
 
     Args:
-        total: any shape, float32.
+        total: any shape, float32, contiguous.
         values: of the same shape, float32 or a half precision.
 
     Raises:
-        ValueError: a shape or dtype that does not fit, or a tensor that is not contiguous or not on 16 bytes.
+        ValueError: a total of another shape or dtype, not contiguous or not on 16 bytes.
     """
-    if not compiled_for(values):
+    check("total", total, tuple(values.shape), torch.float32)
+    if not compiled_for(values) or not values.is_contiguous():
         total.add_(values)
         return
-    check("total", total, tuple(values.shape), torch.float32)
-    check("values", values, tuple(values.shape), values.dtype)
     extension.call("accumulate", total, total, values, values.numel(), DTYPE_CODES[values.dtype])
 
 
@@ -44,7 +43,7 @@ def accumulate_rows(total_VD, ids_N, rows_ND):
         rows_ND: (N, D), float32 or bfloat16.
 
     Raises:
-        ValueError: as accumulate().
+        ValueError: a shape or dtype that does not fit, or a tensor that is not contiguous or not on 16 bytes.
     """
     (N, D), V = rows_ND.shape, len(total_VD)
     check("total", total_VD, (V, D), torch.float32)
