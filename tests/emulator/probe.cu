@@ -138,7 +138,7 @@ __global__ void fault_probe(const float* a, const float*, float* out, int fault)
   }
   if (fault == 11) more[16384] = 1.0f;  // past the dynamic memory
   if (fault == 12) out[i] = load<4>(a + 1).value[0];
-  if (fault == 13 && i == 0) out[1 << 28] = 1.0f;  // far away
+  if (fault == 13 && i == 0) out[-(1ll << 44)] = 1.0f;  // where no process has memory
   if (fault == 14 && i == 0) out[-1] = 1.0f;  // just before the tensor
   out[i] = left;
 }
