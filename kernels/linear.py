@@ -45,6 +45,8 @@ def input_gradient(dy_NE, weight_ED):
 
 
 class LinearFunction(torch.autograd.Function):
+    """(N, D) and (E, D) -> (N, E) by product(), the input's gradient by input_gradient(), the weight's by torch."""
+
     @staticmethod
     def forward(ctx, x_ND, weight_ED):
         ctx.save_for_backward(x_ND, weight_ED)

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from cramfast.config import ModelConfig, TrainConfig, to_json
+from cramfast.evaluate.examples import Examples
 from cramfast.model import Encoder
 
 SENTENCES = (
@@ -76,3 +77,14 @@ def rows(steps: int) -> list[dict]:
     written.append(held | {"step": steps, "tokens": steps * 4096, "flops": steps * 1e9, "seconds": steps * 0.5})
     written[-1] |= {"heldout_loss": 5.25, "heldout_accuracy": 0.125}
     return written
+
+
+def toy(classes):
+    """Sentences with and without the word that decides the label."""
+    texts, labels = [], []
+    for number in range(64):
+        label = number % 2
+        words = SENTENCES[number % len(SENTENCES)].split()[:4]
+        texts.append((" ".join([*words, "winter" if label else "harbour"]),))
+        labels.append(float(label) if classes else 2.5 * label)
+    return Examples(texts, labels)
