@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from cramfast.stopwatch import Work
+from cramfast.runtime.stopwatch import Work
 
 NO_MASK = 0  # custom_mask_type of aten's memory-efficient attention
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from bench import goals, machine, tables
-from cramfast.allocator import keep_freed_memory
 from cramfast.kernels import dispatch
+from cramfast.runtime.allocator import keep_freed_memory
 
 ROWS: list[dict] = []
 COLUMNS = ("operator", "shape", "dtype", "implementation", "ms", "ours is", "GB/s", "% copy", "GFLOP/s", "% mm")

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import machine, tables
-from cramfast.allocator import keep_freed_memory
 from cramfast.config import require
 from cramfast.errors import command
 from cramfast.evaluate import checkpoints, finetune, glue
@@ -31,6 +30,7 @@ from cramfast.evaluate.tasks import Task, find_task
 from cramfast.export import export
 from cramfast.hfcheck import quiet_transformers
 from cramfast.recipes import choose_dtype
+from cramfast.runtime.allocator import keep_freed_memory
 
 SYSTEMS = ("cramfast", "transformers")
 

@@ -26,12 +26,12 @@ from bench import machine
 from bench.ablations import spread, train_once
 from bench.tables import append, read
 from cramfast import model, stages
-from cramfast.allocator import keep_freed_memory
 from cramfast.budget import Budget
 from cramfast.config import TrainConfig, config_hash, require
 from cramfast.errors import UserError, command
 from cramfast.kernels import linear
 from cramfast.recipes import plain, resolve
+from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.scoretable import ScoreTable
 
 TERMS = 4  # products between two roundings

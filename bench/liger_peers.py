@@ -8,7 +8,7 @@ import importlib.util
 
 import torch
 
-from cramfast.stopwatch import Work
+from cramfast.runtime.stopwatch import Work
 
 
 def _leaf(tensor):

@@ -13,7 +13,7 @@ from cramfast.errors import UserError
 from cramfast.kernels import dispatch, extension
 from cramfast.metrics import measure_copy_bandwidth
 from cramfast.runfolder import cpu_name
-from cramfast.stopwatch import Stopwatch
+from cramfast.runtime.stopwatch import Stopwatch
 
 CPU_MATMULS = ((4096, 768, 3072), (2048, 2048, 2048), (8192, 512, 512))
 CUDA_MATMULS = ((8192, 8192, 8192), (65536, 768, 3072), (16384, 4096, 4096))

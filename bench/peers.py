@@ -12,7 +12,7 @@ from bench.liger_peers import liger_peers
 from cramfast.kernels import dispatch, reference
 from cramfast.kernels.cases import Case, training_pass
 from cramfast.kernels.layernorm_glu import FUSED
-from cramfast.stopwatch import Work
+from cramfast.runtime.stopwatch import Work
 
 
 def adamw_torch(inputs) -> Work:

@@ -14,7 +14,6 @@ import torch
 
 from bench import machine, tables
 from cramfast import calibration, footprint
-from cramfast.allocator import keep_freed_memory
 from cramfast.forecast import forecast
 from cramfast.kernels.cases import ragged_lengths
 from cramfast.ledger import Clock
@@ -24,6 +23,7 @@ from cramfast.model import Encoder
 from cramfast.optimizers import make_optimizer
 from cramfast.recipes import resolve, starting_config
 from cramfast.roofline import microbatch_parts, update_parts
+from cramfast.runtime.allocator import keep_freed_memory
 
 GOAL = 0.15
 

@@ -113,10 +113,10 @@ class Cramfast:
     def __init__(self, options: Options, prepared: Path):
         import torch
 
-        from cramfast.allocator import keep_freed_memory
         from cramfast.loader import BatchSource
         from cramfast.model import Encoder
         from cramfast.optim import AdamW, FlatParameters
+        from cramfast.runtime.allocator import keep_freed_memory
 
         keep_freed_memory()  # as cramfast.train does
         tokens = Sequences(prepared, options.sequence_len).packed_tokens(options)

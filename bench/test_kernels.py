@@ -14,7 +14,7 @@ from bench.peers import peers
 from cramfast.kernels import dispatch
 from cramfast.kernels.cases import CASES, on_device
 from cramfast.recipes import cpu_multiplies_bfloat16
-from cramfast.stopwatch import Stopwatch, interleaved
+from cramfast.runtime.stopwatch import Stopwatch, interleaved
 
 ROUNDS = 15
 PEER_FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, ImportError)  # out of memory is a RuntimeError

@@ -16,7 +16,7 @@ from cramfast.metrics import measure_copy_bandwidth, measure_matmul_peak
 from cramfast.muon import orthogonalised, product_dtype
 from cramfast.roofline import CASE_OF, ORTHOGONALISE, Card, Part, bound, cost
 from cramfast.runfolder import cpu_name
-from cramfast.stopwatch import Stopwatch, Work, interleaved
+from cramfast.runtime.stopwatch import Stopwatch, Work, interleaved
 
 PART_S = 0.2  # least time of one pass at a reduced shape, at the machine's peak
 ROUNDS = 5

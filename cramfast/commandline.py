@@ -9,11 +9,11 @@ from typing import Annotated
 
 import tyro
 
-from cramfast import distributed
 from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config
 from cramfast.errors import UserError
 from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.runfolder import find_resumed, new_name
+from cramfast.runtime import distributed
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cramfast import atomic
 from cramfast.checkpoint import load_model
 from cramfast.config import ModelConfig, from_json, to_json
 from cramfast.errors import UserError, command
@@ -24,6 +23,7 @@ from cramfast.hfcheck import TOLERANCE, max_difference
 from cramfast.model import Encoder
 from cramfast.modelcard import card
 from cramfast.record import read_json, read_record
+from cramfast.runtime import atomic
 
 FILES = frozenset(
     (

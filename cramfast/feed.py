@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cramfast.config import ModelConfig, TrainConfig
-from cramfast.distributed import ALONE, Team
 from cramfast.electra import Discriminator, detection_flops_per_token
 from cramfast.loader import Batch, BatchSource, LengthenedSource, Prefetcher, Source
 from cramfast.model import Encoder, flops_per_token
-from cramfast.ranges import Range
+from cramfast.runtime.distributed import ALONE, Team
+from cramfast.runtime.ranges import Range
 
 HELDOUT_MASK_FRACTION = 0.15  # BERT's, whatever the recipe trains with, so that held-out losses compare between recipes
 LOGIT_ROWS = 1024  # rows scored at once in an evaluation; bounds its memory

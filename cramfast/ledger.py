@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cramfast.budget import Budget, Progress, Replay
-from cramfast.distributed import ALONE, Team
 from cramfast.metrics import synchronize
+from cramfast.runtime.distributed import ALONE, Team
 
 LOG_INTERVAL_S = {"cpu": 0.0, "cuda": 1.0}  # seconds between log points
 CAPACITY = 1024  # steps between two log points at most

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from cramfast.budget import Progress
-from cramfast.distributed import Team
 from cramfast.errors import UserError
 from cramfast.record import parse_row
-from cramfast.stopwatch import Stopwatch
+from cramfast.runtime.distributed import Team
+from cramfast.runtime.stopwatch import Stopwatch
 
 # Large enough to hide launch and packing, small enough for a fraction of a second.
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}

@@ -14,7 +14,7 @@ from cramfast.ledger import Clock
 from cramfast.loader import Batch
 from cramfast.model import Encoder
 from cramfast.optim import AdamW
-from cramfast.ranges import Range
+from cramfast.runtime.ranges import Range
 
 Work = Callable[[], None]
 WARM_UPS = 2  # before a capture: compilers, autotuners and cuBLAS do their first work, which cannot be captured

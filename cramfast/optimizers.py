@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from cramfast.config import TrainConfig
-from cramfast.distributed import ALONE, Team
 from cramfast.flat import FlatParameters
 from cramfast.muon import Muon
 from cramfast.optim import AdamW, StableAdamW
+from cramfast.runtime.distributed import ALONE, Team
 
 OPTIMIZERS: Mapping[str, type[AdamW]] = {"adamw": AdamW, "stable_adamw": StableAdamW, "muon": Muon}
 

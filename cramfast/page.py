@@ -3,8 +3,8 @@
 from html import escape
 from pathlib import Path
 
-from cramfast import atomic
 from cramfast.errors import UserError
+from cramfast.runtime import atomic
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbf9; --card: #ffffff; --ink: #24292f; --soft: #636c76; --grid: #dfe2e6;

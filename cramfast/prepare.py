@@ -314,7 +314,7 @@ def main() -> None:
     from rich.table import Table
 
     from cramfast import corpusreport
-    from cramfast.progress import Stages
+    from cramfast.runtime.progress import Stages
 
     options = tyro.cli(Options, prog="python -m cramfast.prepare", description=__doc__)
     console = Console()

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from cramfast import atomic, checkpoint, kernelchoice
+from cramfast import checkpoint, kernelchoice
 from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config, to_json
 from cramfast.errors import UserError
 from cramfast.metrics import measure_matmul_peak
 from cramfast.model import Encoder
 from cramfast.prepared import read_manifest
+from cramfast.runtime import atomic
 
 COPIED = ("tokenizer.json", "manifest.json", "heldout.txt")
 REPLAYED = "replay.jsonl"  # record of the run that this one repeats

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cramfast.distributed import Team
 from cramfast.flat import FlatParameters
+from cramfast.runtime.distributed import Team
 
 BUCKET = 6_553_600  # entries at most, 25 MiB as in torch's DistributedDataParallel
 

@@ -13,17 +13,14 @@ from typing import Any
 
 import torch
 
-from cramfast import checkpoint, distributed, fit, runfolder, schedule, stages
-from cramfast.allocator import keep_freed_memory
+from cramfast import checkpoint, fit, runfolder, schedule, stages
 from cramfast.budget import Budget, Progress, Replay, parse_budget, read_replay, resized
 from cramfast.commandline import Request, parse, print_config
 from cramfast.config import TrainConfig, config_hash, to_json
-from cramfast.distributed import ALONE, Team
 from cramfast.electra import Discriminator
 from cramfast.errors import INTERRUPTED, UserError, command
 from cramfast.evaluate.probe import Probe, read_pairs
 from cramfast.feed import Feed, detection_loss, evaluate, heldout_batches, to_device, training_source
-from cramfast.interrupt import Interrupt
 from cramfast.kernels.linear import allow_half_accumulation
 from cramfast.ledger import Clock, Ledger, Step
 from cramfast.loader import Batch, Source
@@ -33,6 +30,10 @@ from cramfast.model import Encoder
 from cramfast.optim import STEADY_STEPS, AdamW, LossScale
 from cramfast.optimizers import make_optimizer
 from cramfast.profiling import Profile
+from cramfast.runtime import distributed
+from cramfast.runtime.allocator import keep_freed_memory
+from cramfast.runtime.distributed import ALONE, Team
+from cramfast.runtime.interrupt import Interrupt
 
 SKIPS_IN_ROW = 20  # non-finite updates before the run gives up
 

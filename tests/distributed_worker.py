@@ -20,10 +20,11 @@ import torch.fx.experimental.symbolic_shapes  # what every rank would import oth
 import torch.utils.tensorboard
 from fake_loader import FakeSource
 
-from cramfast import checkpoint, distributed, feed, train
+from cramfast import checkpoint, feed, train
 from cramfast.budget import Budget, Progress
-from cramfast.distributed import Team
 from cramfast.errors import UserError, command
+from cramfast.runtime import distributed
+from cramfast.runtime.distributed import Team
 
 STEPS = "14steps"  # two epochs of seven microbatches and more
 # bfloat16: the master is whole only when saved. Replaced tokens: a backward pass in another order than the buckets.

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from cramfast import checkpoint, feed, runfolder, train
 from cramfast.budget import Replay, parse_budget
 from cramfast.config import ModelConfig, TrainConfig, to_json
-from cramfast.distributed import ALONE, Team
 from cramfast.loader import Batch
+from cramfast.runtime.distributed import ALONE, Team
 
 FIRST = 5  # ids below are the special tokens
 MASK = 4

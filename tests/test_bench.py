@@ -14,7 +14,7 @@ import torch
 from bench import attention_peers, finetune, goals, peers, plan, step, test_kernels
 from cramfast.errors import UserError
 from cramfast.kernels.cases import CASES, on_device
-from cramfast.stopwatch import COLD_BYTES, HEAD_START_S, Stopwatch, interleaved
+from cramfast.runtime.stopwatch import COLD_BYTES, HEAD_START_S, Stopwatch, interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITE_S = 0.7e-3

@@ -16,11 +16,11 @@ from fake_loader import run as train_alone
 from cramfast import checkpoint
 from cramfast.commandline import parse
 from cramfast.config import to_json
-from cramfast.distributed import Processes, Team
 from cramfast.errors import UserError
 from cramfast.flat import FlatParameters
 from cramfast.microbatch import Microbatch
 from cramfast.model import Encoder
+from cramfast.runtime.distributed import Processes, Team
 from cramfast.sharding import Part, Sharding, divide
 
 TESTS = Path(__file__).parent

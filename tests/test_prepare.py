@@ -23,8 +23,8 @@ from cramfast.curation import Curator
 from cramfast.errors import UserError, command
 from cramfast.prepare import prepare
 from cramfast.prepared import PreparedText, read_manifest, verify
-from cramfast.progress import Stages
 from cramfast.runfolder import COPIED
+from cramfast.runtime.progress import Stages
 from cramfast.survey import Survey, fraction
 from cramfast.tokenizer import UNK
 

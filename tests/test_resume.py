@@ -9,8 +9,8 @@ from fake_loader import rows, run, same_bits, small_config, weights
 
 from cramfast import checkpoint
 from cramfast.budget import Budget, Progress, read_replay
-from cramfast.interrupt import Interrupt
 from cramfast.record import read_record
+from cramfast.runtime.interrupt import Interrupt
 from cramfast.train import train
 
 pytestmark = pytest.mark.usefixtures("fake_text")

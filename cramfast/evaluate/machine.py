@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from cramfast.allocator import keep_freed_memory
 from cramfast.model import Encoder
 from cramfast.recipes import choose_device, choose_dtype
+from cramfast.runtime.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)

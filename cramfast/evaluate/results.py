@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-from cramfast import atomic, modelcard, report
+from cramfast import modelcard, report
 from cramfast.errors import UserError
 from cramfast.evaluate.checkpoints import name_of
 from cramfast.evaluate.masked import MaskedModel
 from cramfast.record import EVALUATIONS, SCORES_REMEDY, read_json, read_record
+from cramfast.runtime import atomic
 from cramfast.scoretable import ScoreTable
 
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from cramfast.config import TrainConfig, require
 from cramfast.errors import UserError
 from cramfast.prepare import prepare
-from cramfast.progress import Stages
 from cramfast.recipes import choose_device
 from cramfast.record import short, span
+from cramfast.runtime.progress import Stages
 from cramfast.scaling import plan as plans
 from cramfast.scaling import table
 from cramfast.scaling.plan import Plan, Run

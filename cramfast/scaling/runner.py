@@ -18,8 +18,8 @@ from cramfast.budget import Progress as Spent
 from cramfast.budget import parse_budget
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
-from cramfast.interrupt import Interrupt
 from cramfast.metrics import duration
+from cramfast.runtime.interrupt import Interrupt
 from cramfast.scaling import table
 from cramfast.scaling.plan import flags
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from cramfast import microbatch, schedule
-from cramfast.allocator import keep_freed_memory
 from cramfast.config import TrainConfig
 from cramfast.feed import evaluate, heldout_batches, to_device
 from cramfast.kernels.linear import allow_half_accumulation
@@ -14,6 +13,7 @@ from cramfast.ledger import Clock
 from cramfast.metrics import synchronize
 from cramfast.microbatch import Microbatch, capture_graph
 from cramfast.optimizers import make_optimizer
+from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.scaling.switches import Variant
 
 WARM_UPS = 2

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from cramfast.errors import INTERRUPTED, UserError
-from cramfast.interrupt import Interrupt
+from cramfast.runtime.interrupt import Interrupt
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
