@@ -30,9 +30,9 @@ from cramfast.budget import Budget
 from cramfast.config import TrainConfig, config_hash, require
 from cramfast.errors import UserError, command
 from cramfast.kernels import linear
+from cramfast.pages.scoretable import ScoreTable
 from cramfast.recipes import plain, resolve
 from cramfast.runtime.allocator import keep_freed_memory
-from cramfast.scoretable import ScoreTable
 
 TERMS = 4  # products between two roundings
 SCALE = 2.0**16  # of gradients before they are rounded, as float16 training starts with (optim.LossScale)

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast.charts import Line, bars, chart
 from cramfast.curation import SIMILARITY_BINS, dropped_steps
-from cramfast.page import document, figure, table, tile, write_page
+from cramfast.pages.charts import Line, bars, chart
+from cramfast.pages.page import document, figure, table, tile, write_page
 from cramfast.prepared import PreparedText
 from cramfast.record import read_json, short
 from cramfast.tokenizer import FIRST_WORD, UNK

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from cramfast.config import ModelConfig, to_json
+from cramfast.pages.scoretable import ScoreTable
 from cramfast.record import Record
 from cramfast.report import manifest_rows, tiles
-from cramfast.scoretable import ScoreTable
 
 SCORES = "## Scores"
 

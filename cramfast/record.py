@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cramfast.errors import UserError
-from cramfast.scoretable import ScoreTable
+from cramfast.pages.scoretable import ScoreTable
 
 SCORES_REMEDY = "remove the file and evaluate again"
 EVALUATIONS = "evaluations"  # folder in a run's, one JSON file for each kind of evaluation

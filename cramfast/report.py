@@ -6,9 +6,9 @@ from html import escape
 from pathlib import Path
 
 from cramfast import corpusreport
-from cramfast.charts import TWO, Line, chart, stretch
 from cramfast.errors import command
-from cramfast.page import document, figure, flat, table, tile, write_page
+from cramfast.pages.charts import TWO, Line, chart, stretch
+from cramfast.pages.page import document, figure, flat, table, tile, write_page
 from cramfast.record import Record, read_record, short, span
 
 SUSPICIOUS_MFU = 0.9  # matmuls take 70 to 80 % of a step's time (docs/log.md)

@@ -9,7 +9,7 @@ from cramfast.errors import UserError
 from cramfast.evaluate import blimp, cola, examples, glue, owntask, scores
 from cramfast.evaluate.tasks import NUMBERS, TASKS, find_task
 from cramfast.modelcard import with_scores
-from cramfast.scoretable import ScoreTable
+from cramfast.pages.scoretable import ScoreTable
 
 DATA = Path(os.environ.get("CRAMFAST_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no such folder: {DATA} (CRAMFAST_TEST_DATA names it)")

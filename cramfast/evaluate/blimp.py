@@ -22,8 +22,8 @@ from cramfast.evaluate import results
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.masked import Hidden, MaskedModel, log_probabilities
 from cramfast.evaluate.stock import load_masked
+from cramfast.pages.scoretable import ScoreTable
 from cramfast.record import SCORES_REMEDY, read_json
-from cramfast.scoretable import ScoreTable
 
 PARADIGMS = 67  # of the whole set
 PAIRS = 1000  # of each

@@ -20,7 +20,7 @@ from cramfast.evaluate.examples import HUB, column_of, find_file, read_glue, rea
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.scores import accuracy, matthews
 from cramfast.evaluate.tasks import TASKS
-from cramfast.page import document
+from cramfast.pages.page import document
 from cramfast.record import EVALUATIONS, SCORES_REMEDY, read_json
 
 HARDEST = 30  # sentences shown that every seed misjudged

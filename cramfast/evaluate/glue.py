@@ -16,7 +16,7 @@ from cramfast.evaluate.finetune import Protocol
 from cramfast.evaluate.jobs import COLUMNS, Job, make_job, table_rows
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.tasks import NUMBERS, TASKS, Task, find_task
-from cramfast.scoretable import ScoreTable
+from cramfast.pages.scoretable import ScoreTable
 
 FROM_MNLI = ("rte", "mrpc", "sts-b")  # small tasks that the second protocol starts from the weights tuned on MNLI
 ANALYSED = "cola"  # its predictions are kept for cramfast.evaluate cola

@@ -14,7 +14,7 @@ from cramfast.evaluate.examples import Columns, Examples, class_reader, column_o
 from cramfast.evaluate.finetune import Protocol
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.scores import REGRESSION
-from cramfast.scoretable import ScoreTable
+from cramfast.pages.scoretable import ScoreTable
 
 
 def find_columns(path: Path, header: list[str], text: tuple[str, ...], label: str) -> tuple[tuple[int, ...], int]:

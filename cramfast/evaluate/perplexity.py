@@ -25,7 +25,7 @@ from cramfast.evaluate import results
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.masked import Hidden, MaskedModel, log_probabilities
 from cramfast.evaluate.stock import load_masked
-from cramfast.scoretable import ScoreTable
+from cramfast.pages.scoretable import ScoreTable
 
 ENCODED_AT_ONCE = 256  # documents; the tokenizer splits them over the cores
 

@@ -7,9 +7,9 @@ from cramfast import modelcard, report
 from cramfast.errors import UserError
 from cramfast.evaluate.checkpoints import name_of
 from cramfast.evaluate.masked import MaskedModel
+from cramfast.pages.scoretable import ScoreTable
 from cramfast.record import EVALUATIONS, SCORES_REMEDY, read_json, read_record
 from cramfast.runtime import atomic
-from cramfast.scoretable import ScoreTable
 
 
 def path_of(model: MaskedModel, name: str, out: Path | None) -> Path:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from cramfast.charts import tick
+from cramfast.pages.charts import tick
 from cramfast.scaling.fit import COUNTS, laws_of
 from cramfast.scaling.optimum import Cost, budget_name
 from cramfast.scaling.shift import shifts, stable_part

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import tyro
 
 from cramfast.errors import UserError
-from cramfast.page import document, write_page
-from cramfast.page import table as html_table
+from cramfast.pages.page import document, write_page
+from cramfast.pages.page import table as html_table
+from cramfast.pages.scoretable import ScoreTable
 from cramfast.record import read_json, short, span
 from cramfast.scaling import claims, fit, plots
 from cramfast.scaling.optimum import budget_name
 from cramfast.scaling.table import TABLE, read_table
-from cramfast.scoretable import ScoreTable
 
 PAGE = "report.html"
 CAPTIONS = {
