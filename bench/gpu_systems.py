@@ -13,7 +13,7 @@ from cramfast.feed import Feed
 from cramfast.ledger import Clock
 from cramfast.loader import BatchSource
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.optim import AdamW, FlatParameters
 
 GPU = torch.device("cuda")

@@ -25,11 +25,12 @@ from torch import Tensor
 from bench import machine
 from bench.ablations import spread, train_once
 from bench.tables import append, read
-from cramfast import model, stages
+from cramfast import stages
 from cramfast.budget import Budget
 from cramfast.config import TrainConfig, config_hash, require
 from cramfast.errors import UserError, command
 from cramfast.kernels import linear
+from cramfast.model import encoder as model
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.recipes import plain, resolve
 from cramfast.runtime.allocator import keep_freed_memory

@@ -1,4 +1,4 @@
-"""The encoder of cramfast/model.py in plain PyTorch modules on packed batches, with torch's FlashAttention: what a
+"""The encoder of cramfast/model/encoder.py in plain PyTorch modules on packed batches, with torch's FlashAttention: what a
 careful user of stock parts would train. Parameters have the same names, so that weights can be exchanged."""
 
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bench.attention_peers import flash_attention, rotate_packed
 from cramfast.config import ModelConfig
-from cramfast.model import positions, rotary_tables
+from cramfast.model.encoder import positions, rotary_tables
 
 
 def norm(config: ModelConfig) -> nn.LayerNorm:

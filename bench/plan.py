@@ -19,7 +19,7 @@ from cramfast.kernels.cases import ragged_lengths
 from cramfast.ledger import Clock
 from cramfast.loader import Batch
 from cramfast.microbatch import Microbatch
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.optimizers import make_optimizer
 from cramfast.recipes import resolve, starting_config
 from cramfast.roofline import microbatch_parts, update_parts

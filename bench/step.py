@@ -162,7 +162,7 @@ def with_mfu(rows: list[dict], options: Options, prepared: Path) -> list[dict]:
     import torch
 
     from bench import machine
-    from cramfast.model import flops_per_token
+    from cramfast.model.encoder import flops_per_token
 
     lengths = Sequences(prepared, options.sequence_len).lengths
     attended = float((lengths**2).sum() / lengths.sum())

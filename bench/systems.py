@@ -114,7 +114,7 @@ class Cramfast:
         import torch
 
         from cramfast.loader import BatchSource
-        from cramfast.model import Encoder
+        from cramfast.model.encoder import Encoder
         from cramfast.optim import AdamW, FlatParameters
         from cramfast.runtime.allocator import keep_freed_memory
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cramfast.config import ModelConfig, from_json
 from cramfast.errors import UserError
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.optim import AdamW
 from cramfast.sharding import Part
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from tokenizers import Encoding, Tokenizer
 
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 
 LONGEST = 128  # tokens shown of one sentence
 # Words of four letters or more that say little about whether a model understands the sentence.

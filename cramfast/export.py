@@ -20,7 +20,7 @@ from cramfast.checkpoint import load_model
 from cramfast.config import ModelConfig, from_json, to_json
 from cramfast.errors import UserError, command
 from cramfast.hfcheck import TOLERANCE, max_difference
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.modelcard import card
 from cramfast.record import read_json, read_record
 from cramfast.runtime import atomic

@@ -15,7 +15,7 @@ from cramfast.config import ModelConfig, TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels.cases import ragged_lengths
 from cramfast.losslaw import Law
-from cramfast.model import flops_per_token
+from cramfast.model.encoder import flops_per_token
 from cramfast.roofline import Card, Part, bound, cost, microbatch_parts, parameter_count, update_parts
 
 SLICES = 1000  # of a budget, in which the batch ramp counts as constant

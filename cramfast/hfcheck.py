@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cramfast.errors import UserError
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 
 TOLERANCE = 1e-4  # largest difference of a float32 logit; a right export of a short training stays near 1e-5
 ROUNDING = 10.0  # the large logits of a long training may differ by so many times the rounding error of transformers

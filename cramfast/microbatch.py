@@ -12,7 +12,7 @@ from cramfast.errors import UserError
 from cramfast.feed import tensors_of
 from cramfast.ledger import Clock
 from cramfast.loader import Batch
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.optim import AdamW
 from cramfast.runtime.ranges import Range
 

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity
 from cramfast.config import TrainConfig, profiled_steps
 from cramfast.errors import UserError
 from cramfast.metrics import synchronize
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.runtime import ranges
 from cramfast.runtime.ranges import Range
 

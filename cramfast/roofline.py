@@ -12,7 +12,7 @@ import torch
 from cramfast.config import ModelConfig, TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels.cases import CASES, ragged_lengths
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.muon import NEWTON_SCHULZ_STEPS, product_dtype
 
 TENSOR_CORE_OPERATORS = ("linear", "layernorm_glu", "attention", "cross_entropy", "orthogonalise")

@@ -18,7 +18,7 @@ from cramfast import checkpoint, kernelchoice
 from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config, to_json
 from cramfast.errors import UserError
 from cramfast.metrics import measure_matmul_peak
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.prepared import read_manifest
 from cramfast.runtime import atomic
 

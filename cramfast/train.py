@@ -17,7 +17,6 @@ from cramfast import checkpoint, fit, runfolder, schedule, stages
 from cramfast.budget import Budget, Progress, Replay, parse_budget, read_replay, resized
 from cramfast.commandline import Request, parse, print_config
 from cramfast.config import TrainConfig, config_hash, to_json
-from cramfast.electra import Discriminator
 from cramfast.errors import INTERRUPTED, UserError, command
 from cramfast.evaluate.probe import Probe, read_pairs
 from cramfast.feed import Feed, detection_loss, evaluate, heldout_batches, to_device, training_source
@@ -26,7 +25,8 @@ from cramfast.ledger import Clock, Ledger, Step
 from cramfast.loader import Batch, Source
 from cramfast.metrics import Display, MetricsLog, open_log
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
-from cramfast.model import Encoder
+from cramfast.model.electra import Discriminator
+from cramfast.model.encoder import Encoder
 from cramfast.optim import STEADY_STEPS, AdamW, LossScale
 from cramfast.optimizers import make_optimizer
 from cramfast.profiling import Profile

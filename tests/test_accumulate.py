@@ -6,7 +6,7 @@ import torch
 from cramfast.flat import FlatParameters
 from cramfast.kernels import extension
 from cramfast.kernels.accumulate import accumulate, accumulate_rows, compiled_for
-from cramfast.model import TokenLookup
+from cramfast.model.encoder import TokenLookup
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.missing_reason)
 DTYPES = [torch.float32, torch.bfloat16]

@@ -11,7 +11,7 @@ from cramfast.config import ModelConfig
 from cramfast.errors import UserError
 from cramfast.kernels import reference
 from cramfast.loader import Batch
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 
 TINY = {"layers": 2, "width": 64, "heads": 2, "feedforward": 48, "vocab_size": 512}
 

@@ -12,7 +12,7 @@ from fake_loader import small_config, weights
 from cramfast import checkpoint
 from cramfast.config import to_json
 from cramfast.errors import UserError
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.optim import AdamW, FlatParameters
 from cramfast.train import latest
 

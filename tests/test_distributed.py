@@ -19,7 +19,7 @@ from cramfast.config import to_json
 from cramfast.errors import UserError
 from cramfast.flat import FlatParameters
 from cramfast.microbatch import Microbatch
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.runtime.distributed import Processes, Team
 from cramfast.sharding import Part, Sharding, divide
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cramfast.dropout import dropout
+from cramfast.model.dropout import dropout
 
 RATE, SIZE = 0.1, 1 << 20
 

@@ -12,11 +12,11 @@ from tiny_run import make_run, tiny_config
 
 from cramfast import checkpoint, feed, stages
 from cramfast.config import ModelConfig
-from cramfast.electra import DETECTION_WEIGHT, Discriminator, generator_config, sample, uniform
 from cramfast.errors import UserError
 from cramfast.evaluate import checkpoints, masked
 from cramfast.export import export
-from cramfast.model import flops_per_token
+from cramfast.model.electra import DETECTION_WEIGHT, Discriminator, generator_config, sample, uniform
+from cramfast.model.encoder import flops_per_token
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from fake_loader import rows, run, same_bits, weights
 from cramfast import checkpoint, fit
 from cramfast.budget import Progress, read_replay, resized
 from cramfast.errors import UserError
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 
 plain_loss = Encoder.loss
 

@@ -7,10 +7,10 @@ from fake_loader import FakeSource, small_config
 
 from bench import half_accumulation
 from bench.half_accumulation import SYSTEMS, losses, product_in_half, train_by
-from cramfast import model
 from cramfast.errors import UserError
 from cramfast.kernels import linear
-from cramfast.model import Encoder
+from cramfast.model import encoder as model
+from cramfast.model.encoder import Encoder
 
 
 def added_by_numpy(x_NK, weight_KE):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cramfast.errors import UserError
 from cramfast.kernels import layernorm_glu, linear
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.recipes import resolve
 
 N, D, E = 24, 16, 40

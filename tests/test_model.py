@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from fake_loader import FakeSource
 
-from cramfast import model as model_module
 from cramfast.config import ModelConfig
 from cramfast.errors import UserError
 from cramfast.kernels import reference
-from cramfast.model import Encoder, flops_per_token, positions
+from cramfast.model import encoder as model_module
+from cramfast.model.encoder import Encoder, flops_per_token, positions
 from cramfast.optim import AdamW, FlatParameters
 from cramfast.recipes import PRESETS, starting_config
 

@@ -9,7 +9,7 @@ from fake_loader import rows, run, small_config, weights
 from cramfast import checkpoint
 from cramfast.config import ModelConfig
 from cramfast.feed import evaluate, heldout_batches
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.muon import MOMENTUM, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, Muon, orthogonalised
 from cramfast.optim import AdamW, FlatParameters, StableAdamW
 from cramfast.optimizers import OPTIMIZERS

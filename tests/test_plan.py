@@ -14,7 +14,7 @@ from cramfast.config import to_json
 from cramfast.errors import UserError
 from cramfast.flat import FlatParameters
 from cramfast.forecast import forecast, read_law
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.optimizers import OPTIMIZERS, make_optimizer
 from cramfast.recipes import resolve, starting_config
 from cramfast.roofline import Card, Part, find_card, microbatch_parts, muon_parameters, update_parts

@@ -10,7 +10,7 @@ from cramfast import stages, train
 from cramfast.commandline import parse
 from cramfast.config import Curation, read_config, to_json
 from cramfast.errors import UserError
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.prepare import prepare
 
 

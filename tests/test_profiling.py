@@ -12,7 +12,7 @@ from fake_loader import rows, run, same_bits, small_config, weights
 from cramfast import profiling
 from cramfast.config import profiled_steps
 from cramfast.errors import UserError
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.profiling import Profile
 from cramfast.recipes import resolve
 from cramfast.runtime import ranges

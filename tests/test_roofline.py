@@ -12,7 +12,7 @@ from bench.roofline import CARDS, bound, markdown
 from cramfast.errors import UserError
 from cramfast.footprint import state_bytes
 from cramfast.kernels.cases import CASES
-from cramfast.model import Encoder, flops_per_token
+from cramfast.model.encoder import Encoder, flops_per_token
 from cramfast.muon import STACKED
 from cramfast.recipes import PRESETS, resolve
 from cramfast.roofline import (

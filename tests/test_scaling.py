@@ -36,7 +36,7 @@ def test_shapes_of_a_size_have_equal_parameters(name, tmp_path):
 def test_parameters_are_those_of_the_model(preset):
     import torch
 
-    from cramfast.model import Encoder
+    from cramfast.model.encoder import Encoder
     from cramfast.recipes import starting_config
 
     base = plans.replace(

@@ -8,7 +8,7 @@ from tiny_run import tiny_config
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.loader import Batch
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.optim import AdamW, FlatParameters
 from cramfast.prepare import prepare
 from cramfast.scaling import switches

@@ -12,12 +12,12 @@ from test_train import spoil
 
 from cramfast import checkpoint, feed, ledger, microbatch, optim, train
 from cramfast.budget import Budget, Progress, read_replay
-from cramfast.electra import Discriminator
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch
 from cramfast.ledger import Clock, Ledger, Step
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
-from cramfast.model import Encoder
+from cramfast.model.electra import Discriminator
+from cramfast.model.encoder import Encoder
 from cramfast.optim import AdamW, FlatParameters, LossScale
 from cramfast.optimizers import OPTIMIZERS
 from cramfast.runtime.interrupt import Interrupt

@@ -19,7 +19,7 @@ from cramfast import config as config_module
 from cramfast.budget import Progress, read_replay
 from cramfast.config import config_hash, differing_key, from_json, to_json
 from cramfast.errors import UserError
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.prepared import MANIFEST_KEYS
 from cramfast.recipes import resolve
 from cramfast.train import advance

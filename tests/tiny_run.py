@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from cramfast.config import ModelConfig, TrainConfig, to_json
 from cramfast.evaluate.examples import Examples
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 
 SENTENCES = (
     "The river carried heavy timber from the northern forest to the harbour every spring.",

@@ -17,7 +17,7 @@ from cramfast import checkpoint, export
 from cramfast.config import ModelConfig
 from cramfast.errors import UserError
 from cramfast.evaluate.masked import Hidden, batches
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.record import read_json
 
 SPECIAL = ("[CLS]", "[SEP]", "[MASK]", "[UNK]")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cramfast.config import require
 from cramfast.evaluate.checkpoints import Checkpoint
 from cramfast.evaluate.examples import Examples
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.optim import AdamW, FlatParameters
 
 DEV_TOKENS = 8192  # tokens of one forward pass over a development set

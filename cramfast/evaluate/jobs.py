@@ -11,7 +11,7 @@ from cramfast.evaluate.checkpoints import Checkpoint
 from cramfast.evaluate.examples import Examples
 from cramfast.evaluate.finetune import Encoded, Fit, Protocol, encode, fit
 from cramfast.evaluate.scores import METRICS
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.record import span
 
 COLUMNS = ["task", "metric", "median", "lowest", "highest", "std", "seeds", "data"]

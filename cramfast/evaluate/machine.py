@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.recipes import choose_device, choose_dtype
 from cramfast.runtime.allocator import keep_freed_memory
 

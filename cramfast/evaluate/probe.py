@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from cramfast.config import TrainConfig
 from cramfast.evaluate.blimp import Paradigm, read_blimp, score
 from cramfast.evaluate.checkpoints import Checkpoint
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 
 
 def read_pairs(config: TrainConfig) -> list[Paradigm]:

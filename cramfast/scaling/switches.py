@@ -21,7 +21,7 @@ from cramfast.feed import training_source
 from cramfast.kernels import dispatch, reference
 from cramfast.kernels.linear import linear
 from cramfast.loader import BatchSource, Source
-from cramfast.model import Encoder
+from cramfast.model.encoder import Encoder
 from cramfast.optim import AdamW
 from cramfast.optimizers import OPTIMIZERS
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from cramfast import kernels
 from cramfast.config import ModelConfig
-from cramfast.dropout import dropout
 from cramfast.kernels.accumulate import accumulate_rows
 from cramfast.kernels.linear import linear
+from cramfast.model.dropout import dropout
 
 
 class Norm(nn.Module):

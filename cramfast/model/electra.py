@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cramfast.config import ModelConfig
-from cramfast.model import Encoder, flops_per_token
+from cramfast.model.encoder import Encoder, flops_per_token
 
 DETECTION_WEIGHT = 50.0  # ELECTRA's lambda: a binary loss is that much smaller than one over a vocabulary
 GENERATOR_SHARE = 4  # the encoder has so many times its layers; ELECTRA found a quarter to a half best
