@@ -14,7 +14,7 @@ from cramfast.ledger import Clock
 from cramfast.loader import BatchSource
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model.encoder import Encoder
-from cramfast.optim import AdamW, FlatParameters
+from cramfast.optim.adamw import AdamW, FlatParameters
 
 GPU = torch.device("cuda")
 

@@ -20,7 +20,7 @@ from cramfast.ledger import Clock
 from cramfast.loader import Batch
 from cramfast.microbatch import Microbatch
 from cramfast.model.encoder import Encoder
-from cramfast.optimizers import make_optimizer
+from cramfast.optim.make import make_optimizer
 from cramfast.recipes import resolve, starting_config
 from cramfast.roofline import microbatch_parts, update_parts
 from cramfast.runtime.allocator import keep_freed_memory

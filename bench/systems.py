@@ -115,7 +115,7 @@ class Cramfast:
 
         from cramfast.loader import BatchSource
         from cramfast.model.encoder import Encoder
-        from cramfast.optim import AdamW, FlatParameters
+        from cramfast.optim.adamw import AdamW, FlatParameters
         from cramfast.runtime.allocator import keep_freed_memory
 
         keep_freed_memory()  # as cramfast.train does

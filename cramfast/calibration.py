@@ -13,7 +13,7 @@ import cramfast.kernels
 from cramfast.kernels.cases import on_device, training_pass
 from cramfast.kernels.cross_entropy import CHUNK_BYTES
 from cramfast.metrics import measure_copy_bandwidth, measure_matmul_peak
-from cramfast.muon import orthogonalised, product_dtype
+from cramfast.optim.muon import orthogonalised, product_dtype
 from cramfast.roofline import CASE_OF, ORTHOGONALISE, Card, Part, bound, cost
 from cramfast.runfolder import cpu_name
 from cramfast.runtime.stopwatch import Stopwatch, Work, interleaved

@@ -14,8 +14,8 @@ from torch import Tensor
 from cramfast.config import ModelConfig, from_json
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
-from cramfast.optim import AdamW
-from cramfast.sharding import Part
+from cramfast.optim.adamw import AdamW
+from cramfast.optim.sharding import Part
 
 KEPT = 2
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"

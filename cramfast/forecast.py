@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from cramfast import schedule
 from cramfast.budget import Budget
 from cramfast.calibration import Efficiency
 from cramfast.config import ModelConfig, TrainConfig
@@ -16,6 +15,7 @@ from cramfast.errors import UserError
 from cramfast.kernels.cases import ragged_lengths
 from cramfast.losslaw import Law
 from cramfast.model.encoder import flops_per_token
+from cramfast.optim import schedule
 from cramfast.roofline import Card, Part, bound, cost, microbatch_parts, parameter_count, update_parts
 
 SLICES = 1000  # of a budget, in which the batch ramp counts as constant

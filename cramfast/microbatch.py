@@ -13,7 +13,7 @@ from cramfast.feed import tensors_of
 from cramfast.ledger import Clock
 from cramfast.loader import Batch
 from cramfast.model.encoder import Encoder
-from cramfast.optim import AdamW
+from cramfast.optim.adamw import AdamW
 from cramfast.runtime.ranges import Range
 
 Work = Callable[[], None]

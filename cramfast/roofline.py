@@ -13,7 +13,7 @@ from cramfast.config import ModelConfig, TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels.cases import CASES, ragged_lengths
 from cramfast.model.encoder import Encoder
-from cramfast.muon import NEWTON_SCHULZ_STEPS, product_dtype
+from cramfast.optim.muon import NEWTON_SCHULZ_STEPS, product_dtype
 
 TENSOR_CORE_OPERATORS = ("linear", "layernorm_glu", "attention", "cross_entropy", "orthogonalise")
 LONGEST_WHOLE_SEQUENCE = 128  # attention_short_max of csrc/attention_forms.h: beyond it a GPU takes the tiled form

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cramfast import checkpoint, fit, runfolder, schedule, stages
+from cramfast import checkpoint, fit, runfolder, stages
 from cramfast.budget import Budget, Progress, Replay, parse_budget, read_replay, resized
 from cramfast.commandline import Request, parse, print_config
 from cramfast.config import TrainConfig, config_hash, to_json
@@ -27,8 +27,9 @@ from cramfast.metrics import Display, MetricsLog, open_log
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model.electra import Discriminator
 from cramfast.model.encoder import Encoder
-from cramfast.optim import STEADY_STEPS, AdamW, LossScale
-from cramfast.optimizers import make_optimizer
+from cramfast.optim import schedule
+from cramfast.optim.adamw import STEADY_STEPS, AdamW, LossScale
+from cramfast.optim.make import make_optimizer
 from cramfast.profiling import Profile
 from cramfast.runtime import distributed
 from cramfast.runtime.allocator import keep_freed_memory

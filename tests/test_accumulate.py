@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cramfast.flat import FlatParameters
 from cramfast.kernels import extension
 from cramfast.kernels.accumulate import accumulate, accumulate_rows, compiled_for
 from cramfast.model.encoder import TokenLookup
+from cramfast.optim.flat import FlatParameters
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.missing_reason)
 DTYPES = [torch.float32, torch.bfloat16]

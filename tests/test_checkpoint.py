@@ -13,7 +13,7 @@ from cramfast import checkpoint
 from cramfast.config import to_json
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
-from cramfast.optim import AdamW, FlatParameters
+from cramfast.optim.adamw import AdamW, FlatParameters
 from cramfast.train import latest
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,11 +17,11 @@ from cramfast import checkpoint
 from cramfast.commandline import parse
 from cramfast.config import to_json
 from cramfast.errors import UserError
-from cramfast.flat import FlatParameters
 from cramfast.microbatch import Microbatch
 from cramfast.model.encoder import Encoder
+from cramfast.optim.flat import FlatParameters
+from cramfast.optim.sharding import Part, Sharding, divide
 from cramfast.runtime.distributed import Processes, Team
-from cramfast.sharding import Part, Sharding, divide
 
 TESTS = Path(__file__).parent
 HOST = ("seconds", "tokens_per_s", "mfu")
@@ -169,7 +169,7 @@ def test_buckets_leave_during_the_last_backward_pass(monkeypatch):
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: events.append(name))
     flat = FlatParameters(model)  # whose hooks come after these
     team = Pretended()
-    monkeypatch.setattr("cramfast.sharding.BUCKET", 4096)
+    monkeypatch.setattr("cramfast.optim.sharding.BUCKET", 4096)
     sharding = Sharding(team, flat, [divide([0], team), divide(range(0, flat.master.numel() + 1, 16), team)])
     monkeypatch.setattr(sharding, "start_next", lambda: started(sharding, events))
     optimizer = type("Optimizer", (), {"flat": flat, "sharding": sharding, "loss_scale": LOSS_SCALE})

@@ -13,7 +13,7 @@ from cramfast.errors import UserError
 from cramfast.kernels import reference
 from cramfast.model import encoder as model_module
 from cramfast.model.encoder import Encoder, flops_per_token, positions
-from cramfast.optim import AdamW, FlatParameters
+from cramfast.optim.adamw import AdamW, FlatParameters
 from cramfast.recipes import PRESETS, starting_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,13 +12,13 @@ from cramfast.budget import Budget
 from cramfast.calibration import Efficiency
 from cramfast.config import to_json
 from cramfast.errors import UserError
-from cramfast.flat import FlatParameters
 from cramfast.forecast import forecast, read_law
 from cramfast.model.encoder import Encoder
-from cramfast.optimizers import OPTIMIZERS, make_optimizer
+from cramfast.optim.flat import FlatParameters
+from cramfast.optim.make import OPTIMIZERS, make_optimizer
+from cramfast.optim.schedule import microbatches
 from cramfast.recipes import resolve, starting_config
 from cramfast.roofline import Card, Part, find_card, microbatch_parts, muon_parameters, update_parts
-from cramfast.schedule import microbatches
 
 CPU = Card("some processor", 2e10, 1e11, 1e11, 8 << 30, None, "a test")
 LAW = {"E": 1.5, "A": 400.0, "alpha": 0.3, "B": 900.0, "beta": 0.25}

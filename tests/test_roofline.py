@@ -13,7 +13,7 @@ from cramfast.errors import UserError
 from cramfast.footprint import state_bytes
 from cramfast.kernels.cases import CASES
 from cramfast.model.encoder import Encoder, flops_per_token
-from cramfast.muon import STACKED
+from cramfast.optim.muon import STACKED
 from cramfast.recipes import PRESETS, resolve
 from cramfast.roofline import (
     ORTHOGONALISE,

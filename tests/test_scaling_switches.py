@@ -9,7 +9,7 @@ from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.loader import Batch
 from cramfast.model.encoder import Encoder
-from cramfast.optim import AdamW, FlatParameters
+from cramfast.optim.adamw import AdamW, FlatParameters
 from cramfast.prepare import prepare
 from cramfast.scaling import switches
 from cramfast.scaling.claims import claims_of

@@ -10,7 +10,7 @@ import torch
 from fake_loader import FakeSource, rows, run, same_bits, small_config, weights
 from test_train import spoil
 
-from cramfast import checkpoint, feed, ledger, microbatch, optim, train
+from cramfast import checkpoint, feed, ledger, microbatch, train
 from cramfast.budget import Budget, Progress, read_replay
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch
@@ -18,8 +18,9 @@ from cramfast.ledger import Clock, Ledger, Step
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model.electra import Discriminator
 from cramfast.model.encoder import Encoder
-from cramfast.optim import AdamW, FlatParameters, LossScale
-from cramfast.optimizers import OPTIMIZERS
+from cramfast.optim import adamw as optim
+from cramfast.optim.adamw import AdamW, FlatParameters, LossScale
+from cramfast.optim.make import OPTIMIZERS
 from cramfast.runtime.interrupt import Interrupt
 
 pytestmark = pytest.mark.usefixtures("fake_text")

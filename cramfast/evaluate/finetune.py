@@ -15,7 +15,7 @@ from cramfast.config import require
 from cramfast.evaluate.checkpoints import Checkpoint
 from cramfast.evaluate.examples import Examples
 from cramfast.model.encoder import Encoder
-from cramfast.optim import AdamW, FlatParameters
+from cramfast.optim.adamw import AdamW, FlatParameters
 
 DEV_TOKENS = 8192  # tokens of one forward pass over a development set
 ROUNDING = 32  # of a batch's tokens: oneDNN compiles a matmul for every new length, 5 of 23 ms of an update of CoLA

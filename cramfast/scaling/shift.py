@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import stdtrit
 
-STABLE = (0.05, 0.6)  # shares of the budget: after the warm-up, before the decay of wsd (cramfast/schedule.py)
+STABLE = (0.05, 0.6)  # shares of the budget: after the warm-up, before the decay of wsd (cramfast/optim/schedule.py)
 LARGEST = np.log(16.0)  # factor looked for
 LEAST_POINTS = 4
 

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 
-from cramfast import microbatch, schedule
+from cramfast import microbatch
 from cramfast.config import TrainConfig
 from cramfast.feed import evaluate, heldout_batches, to_device
 from cramfast.kernels.linear import allow_half_accumulation
 from cramfast.ledger import Clock
 from cramfast.metrics import synchronize
 from cramfast.microbatch import Microbatch, capture_graph
-from cramfast.optimizers import make_optimizer
+from cramfast.optim import schedule
+from cramfast.optim.make import make_optimizer
 from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.scaling.switches import Variant
 

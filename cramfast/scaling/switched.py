@@ -14,7 +14,7 @@ from cramfast import train
 from cramfast.config import TrainConfig
 from cramfast.errors import command
 from cramfast.feed import evaluate, heldout_batches
-from cramfast.optimizers import make_optimizer
+from cramfast.optim.make import make_optimizer
 from cramfast.scaling.switches import Variant
 
 HELDOUT_LENGTH = TrainConfig().sequence_len  # where a switch changes that of training

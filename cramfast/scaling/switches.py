@@ -22,8 +22,8 @@ from cramfast.kernels import dispatch, reference
 from cramfast.kernels.linear import linear
 from cramfast.loader import BatchSource, Source
 from cramfast.model.encoder import Encoder
-from cramfast.optim import AdamW
-from cramfast.optimizers import OPTIMIZERS
+from cramfast.optim.adamw import AdamW
+from cramfast.optim.make import OPTIMIZERS
 
 DROPOUT = 0.1  # BERT's
 LONG = 512  # BERT's sequence length

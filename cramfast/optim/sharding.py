@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cramfast.flat import FlatParameters
+from cramfast.optim.flat import FlatParameters
 from cramfast.runtime.distributed import Team
 
 BUCKET = 6_553_600  # entries at most, 25 MiB as in torch's DistributedDataParallel

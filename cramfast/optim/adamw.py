@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from cramfast import kernels
-from cramfast.flat import ALIGNMENT, FlatParameters
+from cramfast.optim.flat import ALIGNMENT, FlatParameters
+from cramfast.optim.sharding import Part, Sharding, divide
 from cramfast.runtime.distributed import ALONE, Team
 from cramfast.runtime.ranges import Range
-from cramfast.sharding import Part, Sharding, divide
 
 STEADY_STEPS = 2000  # updates after which float16's loss scale is doubled, as torch.amp does
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from cramfast.config import TrainConfig
-from cramfast.flat import FlatParameters
-from cramfast.muon import Muon
-from cramfast.optim import AdamW, StableAdamW
+from cramfast.optim.adamw import AdamW, StableAdamW
+from cramfast.optim.flat import FlatParameters
+from cramfast.optim.muon import Muon
 from cramfast.runtime.distributed import ALONE, Team
 
 OPTIMIZERS: Mapping[str, type[AdamW]] = {"adamw": AdamW, "stable_adamw": StableAdamW, "muon": Muon}

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from cramfast.flat import FlatParameters
-from cramfast.optim import AdamW
-from cramfast.sharding import Part
+from cramfast.optim.adamw import AdamW
+from cramfast.optim.flat import FlatParameters
+from cramfast.optim.sharding import Part
 
 MOMENTUM = 0.95
 # Matrices that stand one above the other in one tensor; each is orthogonalised alone.
