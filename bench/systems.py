@@ -90,7 +90,7 @@ class Sequences:
     """[CLS] ids [SEP] of every chunk of every document, as a stock data collator would see them."""
 
     def __init__(self, prepared: Path, sequence_len: int):
-        from cramfast.prepared import PreparedText
+        from cramfast.text.prepared import PreparedText
 
         text = PreparedText(prepared, "train")
         body = sequence_len - 2

@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast import docstrings
 from cramfast.config import Curation, from_json
-from cramfast.corpus import Corpus, Documents, find_files
-from cramfast.curation import Curator, summary
 from cramfast.errors import UserError, command
-from cramfast.prepared import PARTIAL, is_prepared, read_manifest, verify
-from cramfast.splits import SplitWriter, encode
-from cramfast.survey import Report, Survey
-from cramfast.tokenizer import check_vocab_size, load_tokenizer, lost_share, train_tokenizer, word_count
+from cramfast.text import docstrings
+from cramfast.text.corpus import Corpus, Documents, find_files
+from cramfast.text.curation import Curator, summary
+from cramfast.text.prepared import PARTIAL, is_prepared, read_manifest, verify
+from cramfast.text.splits import SplitWriter, encode
+from cramfast.text.survey import Report, Survey
+from cramfast.text.tokenizer import check_vocab_size, load_tokenizer, lost_share, train_tokenizer, word_count
 
 # Text in another script than the tokenizer's vanishes without a trace in the loss, so the sample is looked at.
 LOST_WARNED, LOST_REFUSED = 0.02, 0.5
@@ -313,8 +313,8 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cramfast import corpusreport
     from cramfast.runtime.progress import Stages
+    from cramfast.text import report as corpusreport
 
     options = tyro.cli(Options, prog="python -m cramfast.prepare", description=__doc__)
     console = Console()

@@ -19,8 +19,8 @@ from cramfast.config import TrainConfig, config_hash, differing_key, flatten, re
 from cramfast.errors import UserError
 from cramfast.metrics import measure_matmul_peak
 from cramfast.model.encoder import Encoder
-from cramfast.prepared import read_manifest
 from cramfast.runtime import atomic
+from cramfast.text.prepared import read_manifest
 
 COPIED = ("tokenizer.json", "manifest.json", "heldout.txt")
 REPLAYED = "replay.jsonl"  # record of the run that this one repeats

@@ -10,14 +10,14 @@ from tokenizers import Tokenizer
 from cramfast import checkpoint, demo, export, kernelchoice, prepare, report
 from cramfast.commandline import Request
 from cramfast.config import TrainConfig, flatten
-from cramfast.curation import summary
 from cramfast.errors import UserError
 from cramfast.microbatch import graph_choice
-from cramfast.prepared import is_prepared, read_manifest
 from cramfast.record import Record, read_record, short, span
 from cramfast.roofline import parameter_count
 from cramfast.runtime.distributed import Team
 from cramfast.runtime.progress import Stages
+from cramfast.text.curation import summary
+from cramfast.text.prepared import is_prepared, read_manifest
 
 
 def choose_kernels(config: TrainConfig, followed: Path | None = None) -> None:

@@ -20,10 +20,10 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cramfast import corpus, docstrings
-from cramfast.corpus import read_documents, read_lines
 from cramfast.errors import UserError
-from cramfast.prepared import is_prepared
+from cramfast.text import corpus, docstrings
+from cramfast.text.corpus import read_documents, read_lines
+from cramfast.text.prepared import is_prepared
 
 DOCUMENTS = ["First line.\nSecond line of one.", "Ein zweites: Größe, 日本語, 🙂.", "A third."]
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress}

@@ -10,15 +10,16 @@ import sys
 import numpy as np
 import pytest
 
-from cramfast import curation, errors, minhash
+from cramfast import errors
 from cramfast import prepare as stage
 from cramfast.config import Curation, TrainConfig, config_hash, from_json, to_json
-from cramfast.corpusreport import write_report
-from cramfast.curation import Curator, letter_share, repeated_share, summary
 from cramfast.errors import UserError
-from cramfast.minhash import NearDuplicates, banding
 from cramfast.prepare import prepare
-from cramfast.prepared import read_manifest, verify
+from cramfast.text import curation, minhash
+from cramfast.text.curation import Curator, letter_share, repeated_share, summary
+from cramfast.text.minhash import NearDuplicates, banding
+from cramfast.text.prepared import read_manifest, verify
+from cramfast.text.report import write_report
 
 WORDS = [a + b for a in ("be", "ka", "lo", "ni", "ru", "ti") for b in ("n", "r", "st", "ll", "mp", "nd", "sk", "x")]
 OPTIONS = {"vocab_size": 512}
@@ -224,7 +225,7 @@ def test_no_duplicate_of_a_heldout_document_is_in_training(tmp_path):
     def sides(curated):
         from tokenizers import Tokenizer
 
-        from cramfast.prepared import PreparedText
+        from cramfast.text.prepared import PreparedText
 
         folder = prepare((str(tmp_path / "a.txt"),), tmp_path / f"out-{curated.duplicates}", vocab_size=2048,
                          heldout_fraction=0.2, curation=curated)  # fmt: skip
@@ -246,7 +247,7 @@ def sides_train(tmp_path):
     """First words of the uncurated training split."""
     from tokenizers import Tokenizer
 
-    from cramfast.prepared import PreparedText
+    from cramfast.text.prepared import PreparedText
 
     folder = tmp_path / "out-keep"
     decode = Tokenizer.from_file(str(folder / "tokenizer.json")).decode
@@ -372,7 +373,7 @@ def test_text_that_changes_under_the_hands_is_noticed(tmp_path, monkeypatch):
 
 SLOW = """
 import time
-from cramfast.curation import ahead
+from cramfast.text.curation import ahead
 from cramfast.errors import command
 def source():
     yield 1

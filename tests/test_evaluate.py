@@ -149,7 +149,7 @@ def test_masks_do_not_depend_on_the_length_and_change_with_the_seed(model):
 
 
 def other_tokenizer():
-    from cramfast.tokenizer import train_tokenizer
+    from cramfast.text.tokenizer import train_tokenizer
 
     return train_tokenizer(SENTENCES * 50, "bpe", 512)
 

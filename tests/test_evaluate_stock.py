@@ -15,7 +15,7 @@ from cramfast.errors import UserError
 from cramfast.evaluate import blimp, checkpoints, perplexity, stock
 from cramfast.evaluate.machine import Machine
 from cramfast.export import export
-from cramfast.tokenizer import train_tokenizer
+from cramfast.text.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -14,7 +14,7 @@ from cramfast.errors import UserError
 from cramfast.feed import Feed
 from cramfast.loader import BatchSource, LengthenedSource, Prefetcher
 from cramfast.prepare import prepare
-from cramfast.prepared import PreparedText, verify
+from cramfast.text.prepared import PreparedText, verify
 
 N, L, FRACTION = 1024, 64, 0.3
 

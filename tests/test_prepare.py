@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from cramfast import corpus, splits
 from cramfast import prepare as stage
 from cramfast.config import Curation, read_config
-from cramfast.corpus import Corpus
-from cramfast.curation import Curator
 from cramfast.errors import UserError, command
 from cramfast.prepare import prepare
-from cramfast.prepared import PreparedText, read_manifest, verify
 from cramfast.runfolder import COPIED
 from cramfast.runtime.progress import Stages
-from cramfast.survey import Survey, fraction
-from cramfast.tokenizer import UNK
+from cramfast.text import corpus, splits
+from cramfast.text.corpus import Corpus
+from cramfast.text.curation import Curator
+from cramfast.text.prepared import PreparedText, read_manifest, verify
+from cramfast.text.survey import Survey, fraction
+from cramfast.text.tokenizer import UNK
 
 CORPUS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "corpus" / "small.txt.xz"
 OPTIONS = {"vocab_size": 512}

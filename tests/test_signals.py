@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from cramfast import docstrings
 from cramfast.errors import UserError
+from cramfast.text import docstrings
 
 STOPPED = """
 import os, signal, sys, time
@@ -61,7 +61,7 @@ def test_docstrings_that_a_killed_process_left_are_swept(tmp_path, monkeypatch):
 
 
 def test_a_worker_whose_reader_died_says_nothing():
-    arguments = [sys.executable, "-m", "cramfast.docstrings"]
+    arguments = [sys.executable, "-m", "cramfast.text.docstrings"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(arguments, **pipes) as worker:
         worker.stdout.close()

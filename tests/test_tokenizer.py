@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
 from cramfast.errors import UserError
-from cramfast.tokenizer import (
+from cramfast.text.tokenizer import (
     FIRST_WORD,
     LONG_OF_BPE,
     LONG_OF_WORDPIECE,
@@ -30,7 +30,7 @@ from cramfast.tokenizer import (
     word_count,
     wordpiece,
 )
-from cramfast.wordcache import WordCache
+from cramfast.text.wordcache import WordCache
 
 ADJECTIVES = ("red", "green", "quick", "lazy", "small", "tired", "golden", "unhappy", "running", "walked")
 NOUNS = ("fox", "dog", "house", "river", "mountain", "tokenizer", "children", "station")
@@ -74,7 +74,7 @@ def test_byte_level_gives_any_text_back():
 
 PROGRAM = """
 import sys, hashlib
-from cramfast.tokenizer import train_tokenizer
+from cramfast.text.tokenizer import train_tokenizer
 text = open(sys.argv[2], encoding="utf-8").read().split("\\n\\n")
 print(hashlib.sha256(train_tokenizer(text, sys.argv[1], 4096).to_str().encode()).hexdigest())
 """
@@ -152,8 +152,8 @@ def test_word_cache_on_contractions_numbers_and_special_words(tokenizer):
 
 
 def test_word_cache_starts_afresh_when_full(tokenizer, monkeypatch):
-    monkeypatch.setattr("cramfast.wordcache.MOST_WORDS", 50)
-    monkeypatch.setattr("cramfast.wordcache.SLOTS", 256)
+    monkeypatch.setattr("cramfast.text.wordcache.MOST_WORDS", 50)
+    monkeypatch.setattr("cramfast.text.wordcache.SLOTS", 256)
     cache = WordCache(tokenizer)
     texts = [f"w{i} v{i * i}" for i in range(2000)]
     plain = np.concatenate([e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)])

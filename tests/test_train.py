@@ -20,8 +20,8 @@ from cramfast.budget import Progress, read_replay
 from cramfast.config import config_hash, differing_key, from_json, to_json
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
-from cramfast.prepared import MANIFEST_KEYS
 from cramfast.recipes import resolve
+from cramfast.text.prepared import MANIFEST_KEYS
 from cramfast.train import advance
 
 pytestmark = pytest.mark.usefixtures("fake_text")

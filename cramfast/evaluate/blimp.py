@@ -16,7 +16,6 @@ import tyro
 from rich.progress import track
 
 from cramfast.config import require
-from cramfast.corpus import file_format, read_lines
 from cramfast.errors import UserError
 from cramfast.evaluate import results
 from cramfast.evaluate.machine import Machine
@@ -24,6 +23,7 @@ from cramfast.evaluate.masked import Hidden, MaskedModel, log_probabilities
 from cramfast.evaluate.stock import load_masked
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.record import SCORES_REMEDY, read_json
+from cramfast.text.corpus import file_format, read_lines
 
 PARADIGMS = 67  # of the whole set
 PAIRS = 1000  # of each

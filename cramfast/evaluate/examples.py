@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from cramfast.corpus import COMPRESSIONS, read_lines
 from cramfast.errors import UserError
 from cramfast.evaluate.tasks import Split, Task
+from cramfast.text.corpus import COMPRESSIONS, read_lines
 
 Row = TypeVar("Row")
 HUB = "hf:"  # before the name of a dataset, where a folder could stand

@@ -19,13 +19,13 @@ from tokenizers import Encoding
 
 from cramfast import pack
 from cramfast.config import require
-from cramfast.corpus import Documents, read_documents
 from cramfast.errors import UserError
 from cramfast.evaluate import results
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.masked import Hidden, MaskedModel, log_probabilities
 from cramfast.evaluate.stock import load_masked
 from cramfast.pages.scoretable import ScoreTable
+from cramfast.text.corpus import Documents, read_documents
 
 ENCODED_AT_ONCE = 256  # documents; the tokenizer splits them over the cores
 

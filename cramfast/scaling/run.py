@@ -260,6 +260,6 @@ def labels(run: Run) -> dict[str, Any]:
 
 def corpus_tokens(prepared: Path) -> int:
     """Tokens of the training split."""
-    from cramfast.prepared import read_manifest
+    from cramfast.text.prepared import read_manifest
 
     return read_manifest(prepared)["splits"]["train"]["tokens"]

@@ -21,7 +21,7 @@ import pyarrow.parquet
 from backports import zstd
 
 from cramfast.errors import UserError
-from cramfast.prepared import PARTIAL, is_prepared
+from cramfast.text.prepared import PARTIAL, is_prepared
 
 Documents = Literal["blocks", "lines", "files"]
 FORMATS = (".txt", ".jsonl", ".parquet")

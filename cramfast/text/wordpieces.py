@@ -6,7 +6,7 @@ import numba
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast.tokenizer import LONGEST_WORD, UNK
+from cramfast.text.tokenizer import LONGEST_WORD, UNK
 
 OTHER, LETTER, SIGN, SPACE, BREAK = range(5)  # other: control, or part of a character outside ASCII
 

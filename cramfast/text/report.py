@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast.curation import SIMILARITY_BINS, dropped_steps
 from cramfast.pages.charts import Line, bars, chart
 from cramfast.pages.page import document, figure, table, tile, write_page
-from cramfast.prepared import PreparedText
 from cramfast.record import read_json, short
-from cramfast.tokenizer import FIRST_WORD, UNK
+from cramfast.text.curation import SIMILARITY_BINS, dropped_steps
+from cramfast.text.prepared import PreparedText
+from cramfast.text.tokenizer import FIRST_WORD, UNK
 
 STYLE = """
 td.text { overflow-wrap: anywhere; font-size: .84rem; } td.n.short { width: 9rem; }

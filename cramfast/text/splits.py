@@ -9,11 +9,11 @@ import numba
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast.corpus import Corpus
-from cramfast.curation import KEPT, MANY_TOKENS, Curator, ahead, batches
 from cramfast.errors import UserError
-from cramfast.survey import Report, Survey
-from cramfast.wordcache import Found, WordCache
+from cramfast.text.corpus import Corpus
+from cramfast.text.curation import KEPT, MANY_TOKENS, Curator, ahead, batches
+from cramfast.text.survey import Report, Survey
+from cramfast.text.wordcache import Found, WordCache
 
 DEMO_LINES = 400
 SPLITS = ("train", "heldout")

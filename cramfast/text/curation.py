@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from cramfast.config import Curation
-from cramfast.minhash import NearDuplicates
+from cramfast.text.minhash import NearDuplicates
 
 # In the order in which a document meets them; the last, which needs the tokenizer, in the second pass.
 STEPS = ("few letters", "repeated lines", "exact duplicates", "near-duplicates", "many tokens")

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cramfast.corpus import Corpus
-from cramfast.curation import Curator
 from cramfast.errors import UserError
+from cramfast.text.corpus import Corpus
+from cramfast.text.curation import Curator
 
 Report = Callable[[str, int, int], None]  # stage, done, total (0: unknown)
 

@@ -102,7 +102,7 @@ def _collect(paths: list[Path]) -> list[str]:
     package = str(Path(__file__).resolve().parent.parent)
     search = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-m", "cramfast.docstrings"],
+        [sys.executable, "-m", "cramfast.text.docstrings"],
         input=json.dumps([str(path) for path in paths]),
         env=os.environ | {"PYTHONPATH": search},
         stdout=subprocess.PIPE,

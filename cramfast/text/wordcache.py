@@ -15,8 +15,8 @@ import numba
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast.tokenizer import LONGEST_BYTES, LONGEST_WORD, PIECE, SEP, ascii_of, byte_level, wordpiece
-from cramfast.wordpieces import KINDS, LETTER, OTHER, SIGN, SPACE, Pieces
+from cramfast.text.tokenizer import LONGEST_BYTES, LONGEST_WORD, PIECE, SEP, ascii_of, byte_level, wordpiece
+from cramfast.text.wordpieces import KINDS, LETTER, OTHER, SIGN, SPACE, Pieces
 
 SLOTS = 1 << 23  # of the hash table; 32 MB, touched only where used
 MOST_WORDS = 3 << 20  # known at once; then the table starts afresh, which bounds memory (about 200 MB) and its load
@@ -49,7 +49,7 @@ class WordCache:
     encode() is find() and then ids_of(); one thread may find words while another asks for the ids of those found
     before.
 
-    A tokenizer whose parts are not the ones of cramfast.tokenizer is called for each document instead: it may look
+    A tokenizer whose parts are not the ones of cramfast.text.tokenizer is called for each document instead: it may look
     across words. The literal text "[MASK]" in a document is text, never a special token.
     """
 
