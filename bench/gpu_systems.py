@@ -7,11 +7,11 @@ import torch
 from bench import machine
 from bench.packed_encoder import PackedEncoder
 from bench.systems import ADAMW, MASK_FRACTION, MAX_NORM, Options, Sequences, Transformers
+from cramfast.batches.feed import Feed
+from cramfast.batches.loader import BatchSource
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
-from cramfast.feed import Feed
 from cramfast.ledger import Clock
-from cramfast.loader import BatchSource
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW, FlatParameters

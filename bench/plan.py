@@ -14,10 +14,10 @@ import torch
 
 from bench import machine, tables
 from cramfast import calibration, footprint
+from cramfast.batches.loader import Batch
 from cramfast.forecast import forecast
 from cramfast.kernels.cases import ragged_lengths
 from cramfast.ledger import Clock
-from cramfast.loader import Batch
 from cramfast.microbatch import Microbatch
 from cramfast.model.encoder import Encoder
 from cramfast.optim.make import make_optimizer

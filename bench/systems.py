@@ -113,7 +113,7 @@ class Cramfast:
     def __init__(self, options: Options, prepared: Path):
         import torch
 
-        from cramfast.loader import BatchSource
+        from cramfast.batches.loader import BatchSource
         from cramfast.model.encoder import Encoder
         from cramfast.optim.adamw import AdamW, FlatParameters
         from cramfast.runtime.allocator import keep_freed_memory

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 
 from cramfast import kernelchoice
+from cramfast.batches.feed import tensors_of
+from cramfast.batches.loader import Batch
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
-from cramfast.feed import tensors_of
 from cramfast.ledger import Clock
-from cramfast.loader import Batch
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW
 from cramfast.runtime.ranges import Range

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from cramfast import checkpoint, fit, runfolder, stages
+from cramfast.batches.feed import Feed, detection_loss, evaluate, heldout_batches, to_device, training_source
+from cramfast.batches.loader import Batch, Source
 from cramfast.budget import Budget, Progress, Replay, parse_budget, read_replay, resized
 from cramfast.commandline import Request, parse, print_config
 from cramfast.config import TrainConfig, config_hash, to_json
 from cramfast.errors import INTERRUPTED, UserError, command
 from cramfast.evaluate.probe import Probe, read_pairs
-from cramfast.feed import Feed, detection_loss, evaluate, heldout_batches, to_device, training_source
 from cramfast.kernels.linear import allow_half_accumulation
 from cramfast.ledger import Clock, Ledger, Step
-from cramfast.loader import Batch, Source
 from cramfast.metrics import Display, MetricsLog, open_log
 from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model.electra import Discriminator

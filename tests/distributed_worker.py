@@ -20,7 +20,8 @@ import torch.fx.experimental.symbolic_shapes  # what every rank would import oth
 import torch.utils.tensorboard
 from fake_loader import FakeSource
 
-from cramfast import checkpoint, feed, train
+from cramfast import checkpoint, train
+from cramfast.batches import feed
 from cramfast.budget import Budget, Progress
 from cramfast.errors import UserError, command
 from cramfast.runtime import distributed

@@ -1,4 +1,4 @@
-"""A batch source without files, of cramfast.loader's interface: sentences of a tiny language in which each token fixes
+"""A batch source without files, of cramfast.batches.loader's interface: sentences of a tiny language in which each token fixes
 the next, so that a model learns it in seconds."""
 
 import json
@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from cramfast import checkpoint, feed, runfolder, train
+from cramfast import checkpoint, runfolder, train
+from cramfast.batches import feed
+from cramfast.batches.loader import Batch
 from cramfast.budget import Replay, parse_budget
 from cramfast.config import ModelConfig, TrainConfig, to_json
-from cramfast.loader import Batch
 from cramfast.runtime.distributed import ALONE, Team
 
 FIRST = 5  # ids below are the special tokens

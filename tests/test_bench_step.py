@@ -7,10 +7,10 @@ import torch
 from bench import attention_peers, goals, gpu_systems, packed_encoder, phases, step
 from bench.packed_encoder import PackedEncoder, cover_tail
 from bench.systems import Options
+from cramfast.batches.loader import Batch
 from cramfast.config import ModelConfig
 from cramfast.errors import UserError
 from cramfast.kernels import reference
-from cramfast.loader import Batch
 from cramfast.model.encoder import Encoder
 
 TINY = {"layers": 2, "width": 64, "heads": 2, "feedforward": 48, "vocab_size": 512}

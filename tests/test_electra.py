@@ -10,7 +10,8 @@ from fake_loader import FakeSource, rows, run
 from safetensors.torch import save_file
 from tiny_run import make_run, tiny_config
 
-from cramfast import checkpoint, feed, stages
+from cramfast import checkpoint, stages
+from cramfast.batches import feed
 from cramfast.config import ModelConfig
 from cramfast.errors import UserError
 from cramfast.evaluate import checkpoints, masked

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from cramfast.batches.feed import Feed
+from cramfast.batches.loader import BatchSource, LengthenedSource, Prefetcher
 from cramfast.config import ModelConfig
 from cramfast.errors import UserError
-from cramfast.feed import Feed
-from cramfast.loader import BatchSource, LengthenedSource, Prefetcher
 from cramfast.prepare import prepare
 from cramfast.text.prepared import PreparedText, verify
 

@@ -7,8 +7,8 @@ import torch
 from fake_loader import rows, run, small_config, weights
 
 from cramfast import checkpoint
+from cramfast.batches.feed import evaluate, heldout_batches
 from cramfast.config import ModelConfig
-from cramfast.feed import evaluate, heldout_batches
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW, FlatParameters, StableAdamW
 from cramfast.optim.make import OPTIMIZERS

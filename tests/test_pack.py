@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cramfast import pack
+from cramfast.batches import pack
 
 
 def offsets_of(sizes):

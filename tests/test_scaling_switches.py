@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny_run import tiny_config
 
+from cramfast.batches.loader import Batch
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
-from cramfast.loader import Batch
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW, FlatParameters
 from cramfast.prepare import prepare

@@ -10,7 +10,8 @@ import torch
 from fake_loader import FakeSource, rows, run, same_bits, small_config, weights
 from test_train import spoil
 
-from cramfast import checkpoint, feed, ledger, microbatch, train
+from cramfast import checkpoint, ledger, microbatch, train
+from cramfast.batches import feed
 from cramfast.budget import Budget, Progress, read_replay
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch

@@ -8,9 +8,9 @@ import pytest
 import torch
 from fake_loader import small_config
 
-from cramfast import feed
-from cramfast.feed import Upload
-from cramfast.loader import Batch
+from cramfast.batches import feed
+from cramfast.batches.feed import Upload
+from cramfast.batches.loader import Batch
 
 plain_copy = torch.Tensor.copy_
 

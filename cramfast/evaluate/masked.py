@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from cramfast.loader import Batch
+from cramfast.batches.loader import Batch
 
 BATCH_TOKENS = 8192  # tokens of one forward pass; larger ones leave the cache and are no faster on a CPU
 

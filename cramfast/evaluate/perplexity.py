@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from tokenizers import Encoding
 
-from cramfast import pack
+from cramfast.batches import pack
 from cramfast.config import require
 from cramfast.errors import UserError
 from cramfast.evaluate import results

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from cramfast import microbatch
+from cramfast.batches.feed import evaluate, heldout_batches, to_device
 from cramfast.config import TrainConfig
-from cramfast.feed import evaluate, heldout_batches, to_device
 from cramfast.kernels.linear import allow_half_accumulation
 from cramfast.ledger import Clock
 from cramfast.metrics import synchronize

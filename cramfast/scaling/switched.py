@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from cramfast import train
+from cramfast.batches.feed import evaluate, heldout_batches
 from cramfast.config import TrainConfig
 from cramfast.errors import command
-from cramfast.feed import evaluate, heldout_batches
 from cramfast.optim.make import make_optimizer
 from cramfast.scaling.switches import Variant
 

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cramfast import kernels, pack
+from cramfast import kernels
+from cramfast.batches import pack
+from cramfast.batches.feed import training_source
+from cramfast.batches.loader import BatchSource, Source
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
-from cramfast.feed import training_source
 from cramfast.kernels import dispatch, reference
 from cramfast.kernels.linear import linear
-from cramfast.loader import BatchSource, Source
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW
 from cramfast.optim.make import OPTIMIZERS

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cramfast.batches.loader import Batch, BatchSource, LengthenedSource, Prefetcher, Source
 from cramfast.config import ModelConfig, TrainConfig
-from cramfast.loader import Batch, BatchSource, LengthenedSource, Prefetcher, Source
 from cramfast.model.electra import Discriminator, detection_flops_per_token
 from cramfast.model.encoder import Encoder, flops_per_token
 from cramfast.runtime.distributed import ALONE, Team

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from cramfast import pack
+from cramfast.batches import pack
 from cramfast.errors import UserError
 from cramfast.text.prepared import PreparedText
 from cramfast.text.tokenizer import CLS, FIRST_WORD, MASK, SEP
