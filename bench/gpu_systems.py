@@ -11,10 +11,10 @@ from cramfast.batches.feed import Feed
 from cramfast.batches.loader import BatchSource
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
-from cramfast.ledger import Clock
-from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW, FlatParameters
+from cramfast.session.ledger import Clock
+from cramfast.session.microbatch import Microbatch, capture_graph, graph_choice
 
 GPU = torch.device("cuda")
 

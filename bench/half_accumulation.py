@@ -26,7 +26,6 @@ from bench import machine
 from bench.ablations import spread, train_once
 from bench.tables import append, read
 from cramfast import stages
-from cramfast.budget import Budget
 from cramfast.config import TrainConfig, config_hash, require
 from cramfast.errors import UserError, command
 from cramfast.kernels import linear
@@ -34,6 +33,7 @@ from cramfast.model import encoder as model
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.recipes import plain, resolve
 from cramfast.runtime.allocator import keep_freed_memory
+from cramfast.session.budget import Budget
 
 TERMS = 4  # products between two roundings
 SCALE = 2.0**16  # of gradients before they are rounded, as float16 training starts with (optim.LossScale)

@@ -11,9 +11,9 @@ import torch
 
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch, extension
-from cramfast.metrics import measure_copy_bandwidth
-from cramfast.runfolder import cpu_name
 from cramfast.runtime.stopwatch import Stopwatch
+from cramfast.session.metrics import measure_copy_bandwidth
+from cramfast.session.runfolder import cpu_name
 
 CPU_MATMULS = ((4096, 768, 3072), (2048, 2048, 2048), (8192, 512, 512))
 CUDA_MATMULS = ((8192, 8192, 8192), (65536, 768, 3072), (16384, 4096, 4096))

@@ -17,13 +17,13 @@ from cramfast import calibration, footprint
 from cramfast.batches.loader import Batch
 from cramfast.forecast import forecast
 from cramfast.kernels.cases import ragged_lengths
-from cramfast.ledger import Clock
-from cramfast.microbatch import Microbatch
 from cramfast.model.encoder import Encoder
 from cramfast.optim.make import make_optimizer
 from cramfast.recipes import resolve, starting_config
 from cramfast.roofline import microbatch_parts, update_parts
 from cramfast.runtime.allocator import keep_freed_memory
+from cramfast.session.ledger import Clock
+from cramfast.session.microbatch import Microbatch
 
 GOAL = 0.15
 

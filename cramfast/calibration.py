@@ -12,11 +12,11 @@ import torch.nn.functional as F
 import cramfast.kernels
 from cramfast.kernels.cases import on_device, training_pass
 from cramfast.kernels.cross_entropy import CHUNK_BYTES
-from cramfast.metrics import measure_copy_bandwidth, measure_matmul_peak
 from cramfast.optim.muon import orthogonalised, product_dtype
 from cramfast.roofline import CASE_OF, ORTHOGONALISE, Card, Part, bound, cost
-from cramfast.runfolder import cpu_name
 from cramfast.runtime.stopwatch import Stopwatch, Work, interleaved
+from cramfast.session.metrics import measure_copy_bandwidth, measure_matmul_peak
+from cramfast.session.runfolder import cpu_name
 
 PART_S = 0.2  # least time of one pass at a reduced shape, at the machine's peak
 ROUNDS = 5

@@ -12,8 +12,8 @@ import tyro
 from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config
 from cramfast.errors import UserError
 from cramfast.recipes import choose_device, resolve, starting_config
-from cramfast.runfolder import find_resumed, new_name
 from cramfast.runtime import distributed
+from cramfast.session.runfolder import find_resumed, new_name
 
 
 @dataclass(frozen=True)

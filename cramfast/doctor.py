@@ -18,10 +18,10 @@ from typing import Literal
 import torch
 
 import cramfast.kernels
-from cramfast import kernelchoice
 from cramfast.errors import UserError, command
 from cramfast.kernels import dispatch, extension, reference
 from cramfast.kernels.cases import CASES, Case, Inputs
+from cramfast.session import kernelchoice
 
 PACKAGES = (
     "torch",

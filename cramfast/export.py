@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cramfast.checkpoint import load_model
 from cramfast.config import ModelConfig, from_json, to_json
 from cramfast.errors import UserError, command
 from cramfast.hfcheck import TOLERANCE, max_difference
 from cramfast.model.encoder import Encoder
 from cramfast.modelcard import card
-from cramfast.record import read_json, read_record
 from cramfast.runtime import atomic
+from cramfast.session.checkpoint import load_model
+from cramfast.session.record import read_json, read_record
 
 FILES = frozenset(
     (

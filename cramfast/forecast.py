@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from cramfast.budget import Budget
 from cramfast.calibration import Efficiency
 from cramfast.config import ModelConfig, TrainConfig
 from cramfast.errors import UserError
@@ -17,6 +16,7 @@ from cramfast.losslaw import Law
 from cramfast.model.encoder import flops_per_token
 from cramfast.optim import schedule
 from cramfast.roofline import Card, Part, bound, cost, microbatch_parts, parameter_count, update_parts
+from cramfast.session.budget import Budget
 
 SLICES = 1000  # of a budget, in which the batch ramp counts as constant
 

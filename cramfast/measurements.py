@@ -11,8 +11,8 @@ from cramfast.calibration import Efficiency
 from cramfast.config import TrainConfig, from_json
 from cramfast.errors import UserError
 from cramfast.forecast import forecast
-from cramfast.record import Record, number, read_record
 from cramfast.roofline import TENSOR_CORE_OPERATORS, Card
+from cramfast.session.record import Record, number, read_record
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ import torch
 import tyro
 
 from cramfast import calibration, footprint, measurements
-from cramfast.budget import Budget, parse_budget
 from cramfast.calibration import Efficiency
 from cramfast.config import TrainConfig, require
 from cramfast.errors import command
 from cramfast.forecast import Forecast, Line, ScalingLaw, forecast, read_law
 from cramfast.measurements import Comparison
 from cramfast.recipes import choose_device, resolve, starting_config
-from cramfast.record import short, span
 from cramfast.roofline import Card, find_card, microbatch_parts, parameter_count, update_parts
 from cramfast.runtime.allocator import keep_freed_memory
+from cramfast.session.budget import Budget, parse_budget
+from cramfast.session.record import short, span
 
 USABLE_MEMORY = 0.9  # of a device: the count came out 5 to 8 % below what steps took on a CPU (docs/log.md)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from cramfast.errors import command
 from cramfast.pages.charts import TWO, Line, chart, stretch
 from cramfast.pages.page import document, figure, flat, table, tile, write_page
-from cramfast.record import Record, read_record, short, span
+from cramfast.session.record import Record, read_record, short, span
 from cramfast.text import report as corpusreport
 
 SUSPICIOUS_MFU = 0.9  # matmuls take 70 to 80 % of a step's time (docs/log.md)

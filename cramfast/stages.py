@@ -7,15 +7,16 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from cramfast import checkpoint, demo, export, kernelchoice, prepare, report
+from cramfast import demo, export, prepare, report
 from cramfast.commandline import Request
 from cramfast.config import TrainConfig, flatten
 from cramfast.errors import UserError
-from cramfast.microbatch import graph_choice
-from cramfast.record import Record, read_record, short, span
 from cramfast.roofline import parameter_count
 from cramfast.runtime.distributed import Team
 from cramfast.runtime.progress import Stages
+from cramfast.session import checkpoint, kernelchoice
+from cramfast.session.microbatch import graph_choice
+from cramfast.session.record import Record, read_record, short, span
 from cramfast.text.curation import summary
 from cramfast.text.prepared import is_prepared, read_manifest
 

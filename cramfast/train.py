@@ -13,28 +13,30 @@ from typing import Any
 
 import torch
 
-from cramfast import checkpoint, fit, runfolder, stages
+from cramfast import stages
 from cramfast.batches.feed import Feed, detection_loss, evaluate, heldout_batches, to_device, training_source
 from cramfast.batches.loader import Batch, Source
-from cramfast.budget import Budget, Progress, Replay, parse_budget, read_replay, resized
 from cramfast.commandline import Request, parse, print_config
 from cramfast.config import TrainConfig, config_hash, to_json
 from cramfast.errors import INTERRUPTED, UserError, command
 from cramfast.evaluate.probe import Probe, read_pairs
 from cramfast.kernels.linear import allow_half_accumulation
-from cramfast.ledger import Clock, Ledger, Step
-from cramfast.metrics import Display, MetricsLog, open_log
-from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model.electra import Discriminator
 from cramfast.model.encoder import Encoder
 from cramfast.optim import schedule
 from cramfast.optim.adamw import STEADY_STEPS, AdamW, LossScale
 from cramfast.optim.make import make_optimizer
-from cramfast.profiling import Profile
 from cramfast.runtime import distributed
 from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.runtime.distributed import ALONE, Team
 from cramfast.runtime.interrupt import Interrupt
+from cramfast.session import checkpoint, runfolder
+from cramfast.session import memory as fit
+from cramfast.session.budget import Budget, Progress, Replay, parse_budget, read_replay, resized
+from cramfast.session.ledger import Clock, Ledger, Step
+from cramfast.session.metrics import Display, MetricsLog, open_log
+from cramfast.session.microbatch import Microbatch, capture_graph, graph_choice
+from cramfast.session.profiling import Profile
 
 SKIPS_IN_ROW = 20  # non-finite updates before the run gives up
 

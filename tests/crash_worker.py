@@ -16,7 +16,7 @@ import fake_loader
 import torch
 import torch.utils.tensorboard
 
-from cramfast import checkpoint
+from cramfast.session import checkpoint
 
 BUDGET = "200steps"  # far more than 24 short lives reach, on a fast machine too
 

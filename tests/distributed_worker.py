@@ -20,12 +20,13 @@ import torch.fx.experimental.symbolic_shapes  # what every rank would import oth
 import torch.utils.tensorboard
 from fake_loader import FakeSource
 
-from cramfast import checkpoint, train
+from cramfast import train
 from cramfast.batches import feed
-from cramfast.budget import Budget, Progress
 from cramfast.errors import UserError, command
 from cramfast.runtime import distributed
 from cramfast.runtime.distributed import Team
+from cramfast.session import checkpoint
+from cramfast.session.budget import Budget, Progress
 
 STEPS = "14steps"  # two epochs of seven microbatches and more
 # bfloat16: the master is whole only when saved. Replaced tokens: a backward pass in another order than the buckets.

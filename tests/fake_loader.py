@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from cramfast import checkpoint, runfolder, train
+from cramfast import train
 from cramfast.batches import feed
 from cramfast.batches.loader import Batch
-from cramfast.budget import Replay, parse_budget
 from cramfast.config import ModelConfig, TrainConfig, to_json
 from cramfast.runtime.distributed import ALONE, Team
+from cramfast.session import checkpoint, runfolder
+from cramfast.session.budget import Replay, parse_budget
 
 FIRST = 5  # ids below are the special tokens
 MASK = 4

@@ -63,8 +63,8 @@ def pytest_configure():
     torch.cuda.get_device_properties = lambda *_: PROPERTIES
     torch.cuda.Event = Event
     from bench import goals, machine
-    from cramfast import metrics
     from cramfast.runtime import stopwatch
+    from cramfast.session import metrics
 
     goals.SHAPES = SHAPES
     machine.CUDA_MATMULS, metrics.COPY_BYTES = ((32, 32, 32),), {"cuda": 1 << 20}

@@ -16,10 +16,10 @@ from fake_loader import small_config
 
 from bench import ablations
 from bench.ablations import DEFAULT, OPTIONS, TIME, TOKENS, Options, Plan, Run
-from cramfast.budget import Budget
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.recipes import PRESETS
+from cramfast.session.budget import Budget
 
 PLAN = Plan(1000, 10.0, "tiny", "abc", "cpu", "float32", 1, 1)
 

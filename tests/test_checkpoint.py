@@ -9,11 +9,11 @@ import pytest
 import torch
 from fake_loader import small_config, weights
 
-from cramfast import checkpoint
 from cramfast.config import to_json
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW, FlatParameters
+from cramfast.session import checkpoint
 from cramfast.train import latest
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from fake_loader import rows, same_bits, weights
 
-from cramfast import checkpoint, errors
+from cramfast import errors
 from cramfast import train as loop
+from cramfast.session import checkpoint
 
 TEXT = "the cat saw a dog near the old house while rain fell on every quiet street of that small town"
 SMALL = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fake_loader import rows, same_bits, weights
 
-from cramfast import checkpoint
+from cramfast.session import checkpoint
 
 WORKER = Path(__file__).parent / "crash_worker.py"
 

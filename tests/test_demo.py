@@ -8,9 +8,9 @@ from rich.console import Console
 from tiny_run import SENTENCES, make_run, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cramfast.checkpoint import load_model
 from cramfast.demo import fill_mask, show
 from cramfast.hfcheck import packed_logits
+from cramfast.session.checkpoint import load_model
 
 
 @pytest.fixture(scope="module")

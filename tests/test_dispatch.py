@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from test_ops import _assert_as_good_as_eager, _convert_all, _evaluate
 
 import cramfast.kernels
-from cramfast import kernelchoice, stages
+from cramfast import stages
 from cramfast.commandline import parse
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch, extension, peers, reference
 from cramfast.kernels.cases import CASES
+from cramfast.session import kernelchoice
 
 
 @pytest.fixture

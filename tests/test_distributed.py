@@ -13,15 +13,15 @@ import torch
 from fake_loader import FakeSource, rows, same_bits, small_config, weights
 from fake_loader import run as train_alone
 
-from cramfast import checkpoint
 from cramfast.commandline import parse
 from cramfast.config import to_json
 from cramfast.errors import UserError
-from cramfast.microbatch import Microbatch
 from cramfast.model.encoder import Encoder
 from cramfast.optim.flat import FlatParameters
 from cramfast.optim.sharding import Part, Sharding, divide
 from cramfast.runtime.distributed import Processes, Team
+from cramfast.session import checkpoint
+from cramfast.session.microbatch import Microbatch
 
 TESTS = Path(__file__).parent
 HOST = ("seconds", "tokens_per_s", "mfu")

@@ -10,7 +10,7 @@ from fake_loader import FakeSource, rows, run
 from safetensors.torch import save_file
 from tiny_run import make_run, tiny_config
 
-from cramfast import checkpoint, stages
+from cramfast import stages
 from cramfast.batches import feed
 from cramfast.config import ModelConfig
 from cramfast.errors import UserError
@@ -18,6 +18,7 @@ from cramfast.evaluate import checkpoints, masked
 from cramfast.export import export
 from cramfast.model.electra import DETECTION_WEIGHT, Discriminator, generator_config, sample, uniform
 from cramfast.model.encoder import flops_per_token
+from cramfast.session import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

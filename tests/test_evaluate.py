@@ -9,12 +9,12 @@ import torch
 from tiny_run import SENTENCES, make_run, tiny_config, toy
 from transformers import AutoModelForMaskedLM
 
-from cramfast import checkpoint
 from cramfast.errors import UserError
 from cramfast.evaluate import __main__ as commandline
 from cramfast.evaluate import blimp, checkpoints, masked, owntask, perplexity
 from cramfast.export import export
-from cramfast.record import read_record
+from cramfast.session import checkpoint
+from cramfast.session.record import read_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOCAL = {"window": 16, "global_every": 2, "rope_theta_global": 160000.0, "rope_theta_local": 5000.0}

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 import cramfast.export
-from cramfast import checkpoint
-from cramfast.checkpoint import load_model
 from cramfast.errors import UserError
 from cramfast.export import FILES, describe, export, load
 from cramfast.hfcheck import TOLERANCE, packed_logits
+from cramfast.session import checkpoint
+from cramfast.session.checkpoint import load_model
 from cramfast.stages import publish
 
 LOCAL = {"window": 16, "global_every": 2, "rope_theta_global": 160000.0, "rope_theta_local": 5000.0}

@@ -7,10 +7,11 @@ import pytest
 import torch
 from fake_loader import rows, run, same_bits, weights
 
-from cramfast import checkpoint, fit
-from cramfast.budget import Progress, read_replay, resized
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
+from cramfast.session import checkpoint
+from cramfast.session import memory as fit
+from cramfast.session.budget import Progress, read_replay, resized
 
 plain_loss = Encoder.loss
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from fake_loader import rows, run, small_config, weights
 
-from cramfast import checkpoint
 from cramfast.batches.feed import evaluate, heldout_batches
 from cramfast.config import ModelConfig
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW, FlatParameters, StableAdamW
 from cramfast.optim.make import OPTIMIZERS
 from cramfast.optim.muon import MOMENTUM, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, Muon, orthogonalised
+from cramfast.session import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = {"vocab_size": 64, "layers": 2, "width": 64, "heads": 2, "feedforward": 96, "max_len": 32, "norm_bias": True}

@@ -8,7 +8,6 @@ import torch
 
 from bench.plan import random_batch
 from cramfast import calibration, footprint, measurements, plan
-from cramfast.budget import Budget
 from cramfast.calibration import Efficiency
 from cramfast.config import to_json
 from cramfast.errors import UserError
@@ -19,6 +18,7 @@ from cramfast.optim.make import OPTIMIZERS, make_optimizer
 from cramfast.optim.schedule import microbatches
 from cramfast.recipes import resolve, starting_config
 from cramfast.roofline import Card, Part, find_card, microbatch_parts, muon_parameters, update_parts
+from cramfast.session.budget import Budget
 
 CPU = Card("some processor", 2e10, 1e11, 1e11, 8 << 30, None, "a test")
 LAW = {"E": 1.5, "A": 400.0, "alpha": 0.3, "B": 900.0, "beta": 0.25}

@@ -19,8 +19,8 @@ from cramfast import prepare as stage
 from cramfast.config import Curation, read_config
 from cramfast.errors import UserError, command
 from cramfast.prepare import prepare
-from cramfast.runfolder import COPIED
 from cramfast.runtime.progress import Stages
+from cramfast.session.runfolder import COPIED
 from cramfast.text import corpus, splits
 from cramfast.text.corpus import Corpus
 from cramfast.text.curation import Curator

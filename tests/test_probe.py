@@ -9,12 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_resume import HalfWay
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from cramfast import ledger, stages, train
+from cramfast import stages, train
 from cramfast.errors import UserError
 from cramfast.evaluate import blimp, probe
-from cramfast.metrics import Display
-from cramfast.record import read_record
 from cramfast.report import render
+from cramfast.session import ledger
+from cramfast.session.metrics import Display
+from cramfast.session.record import read_record
 
 pytestmark = pytest.mark.usefixtures("fake_text")
 

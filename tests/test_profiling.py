@@ -9,13 +9,13 @@ import pytest
 import torch
 from fake_loader import rows, run, same_bits, small_config, weights
 
-from cramfast import profiling
 from cramfast.config import profiled_steps
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
-from cramfast.profiling import Profile
 from cramfast.recipes import resolve
 from cramfast.runtime import ranges
+from cramfast.session import profiling
+from cramfast.session.profiling import Profile
 
 pytestmark = pytest.mark.usefixtures("fake_text")
 PHASES = ("data", "forward", "backward", "optimizer")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from fake_loader import rows, run, same_bits, small_config, weights
 
-from cramfast import checkpoint
-from cramfast.budget import Budget, Progress, read_replay
-from cramfast.record import read_record
 from cramfast.runtime.interrupt import Interrupt
+from cramfast.session import checkpoint
+from cramfast.session.budget import Budget, Progress, read_replay
+from cramfast.session.record import read_record
 from cramfast.train import train
 
 pytestmark = pytest.mark.usefixtures("fake_text")

@@ -2,10 +2,10 @@
 
 import pytest
 
-from cramfast.budget import Budget, Progress, parse_budget, read_replay
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.optim import schedule
+from cramfast.session.budget import Budget, Progress, parse_budget, read_replay
 
 
 @pytest.mark.parametrize(("f", "share"), [(0, 0.25), (0.25, 0.5), (0.75, 1.0), (0.9, 0.4), (1, 0.0)])

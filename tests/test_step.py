@@ -10,19 +10,20 @@ import torch
 from fake_loader import FakeSource, rows, run, same_bits, small_config, weights
 from test_train import spoil
 
-from cramfast import checkpoint, ledger, microbatch, train
+from cramfast import train
 from cramfast.batches import feed
-from cramfast.budget import Budget, Progress, read_replay
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch
-from cramfast.ledger import Clock, Ledger, Step
-from cramfast.microbatch import Microbatch, capture_graph, graph_choice
 from cramfast.model.electra import Discriminator
 from cramfast.model.encoder import Encoder
 from cramfast.optim import adamw as optim
 from cramfast.optim.adamw import AdamW, FlatParameters, LossScale
 from cramfast.optim.make import OPTIMIZERS
 from cramfast.runtime.interrupt import Interrupt
+from cramfast.session import checkpoint, ledger, microbatch
+from cramfast.session.budget import Budget, Progress, read_replay
+from cramfast.session.ledger import Clock, Ledger, Step
+from cramfast.session.microbatch import Microbatch, capture_graph, graph_choice
 
 pytestmark = pytest.mark.usefixtures("fake_text")
 TIMES = ("seconds", "tokens_per_s", "mfu")

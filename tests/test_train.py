@@ -14,14 +14,15 @@ import pytest
 import torch
 from fake_loader import rows, run, same_bits, small_config, weights
 
-from cramfast import commandline, runfolder, stages, train
+from cramfast import commandline, stages, train
 from cramfast import config as config_module
 from cramfast.batches import feed
-from cramfast.budget import Progress, read_replay
 from cramfast.config import config_hash, differing_key, from_json, to_json
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
 from cramfast.recipes import resolve
+from cramfast.session import runfolder
+from cramfast.session.budget import Progress, read_replay
 from cramfast.text.prepared import MANIFEST_KEYS
 from cramfast.train import advance
 

@@ -8,8 +8,8 @@ from cramfast.errors import UserError
 from cramfast.evaluate.checkpoints import name_of
 from cramfast.evaluate.masked import MaskedModel
 from cramfast.pages.scoretable import ScoreTable
-from cramfast.record import EVALUATIONS, SCORES_REMEDY, read_json, read_record
 from cramfast.runtime import atomic
+from cramfast.session.record import EVALUATIONS, SCORES_REMEDY, read_json, read_record
 
 
 def path_of(model: MaskedModel, name: str, out: Path | None) -> Path:

@@ -14,14 +14,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from cramfast.budget import Progress as Spent
-from cramfast.budget import parse_budget
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
-from cramfast.metrics import duration
 from cramfast.runtime.interrupt import Interrupt
 from cramfast.scaling import table
 from cramfast.scaling.plan import flags
+from cramfast.session.budget import Progress as Spent
+from cramfast.session.budget import parse_budget
+from cramfast.session.metrics import duration
 
 POLL_S = 0.5
 TAIL_BYTES = 4096  # of metrics.jsonl: more than its longest row

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import torch
 
-from cramfast import microbatch
 from cramfast.batches.feed import evaluate, heldout_batches, to_device
 from cramfast.config import TrainConfig
 from cramfast.kernels.linear import allow_half_accumulation
-from cramfast.ledger import Clock
-from cramfast.metrics import synchronize
-from cramfast.microbatch import Microbatch, capture_graph
 from cramfast.optim import schedule
 from cramfast.optim.make import make_optimizer
 from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.scaling.switches import Variant
+from cramfast.session import microbatch
+from cramfast.session.ledger import Clock
+from cramfast.session.metrics import synchronize
+from cramfast.session.microbatch import Microbatch, capture_graph
 
 WARM_UPS = 2
 TIMED_LR = 1e-6  # without the warm-up of a schedule the full one might end in NaN, whose updates are skipped and fast

@@ -9,8 +9,8 @@ import numpy as np
 
 from cramfast.config import read_config
 from cramfast.errors import UserError
-from cramfast.record import Record, read_record
 from cramfast.scaling.plan import parameters
+from cramfast.session.record import Record, read_record
 
 TABLE = "runs.jsonl"
 CURVE_POINTS = 48  # of the training loss, at equal distances in log tokens: enough to compare, small enough for git

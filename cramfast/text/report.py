@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from cramfast.pages.charts import Line, bars, chart
 from cramfast.pages.page import document, figure, table, tile, write_page
-from cramfast.record import read_json, short
+from cramfast.session.record import read_json, short
 from cramfast.text.curation import SIMILARITY_BINS, dropped_steps
 from cramfast.text.prepared import PreparedText
 from cramfast.text.tokenizer import FIRST_WORD, UNK

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from cramfast import checkpoint, kernelchoice
 from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config, to_json
 from cramfast.errors import UserError
-from cramfast.metrics import measure_matmul_peak
 from cramfast.model.encoder import Encoder
 from cramfast.runtime import atomic
+from cramfast.session import checkpoint, kernelchoice
+from cramfast.session.metrics import measure_matmul_peak
 from cramfast.text.prepared import read_manifest
 
 COPIED = ("tokenizer.json", "manifest.json", "heldout.txt")

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cramfast.budget import Budget, Progress, Replay
-from cramfast.metrics import synchronize
 from cramfast.runtime.distributed import ALONE, Team
+from cramfast.session.budget import Budget, Progress, Replay
+from cramfast.session.metrics import synchronize
 
 LOG_INTERVAL_S = {"cpu": 0.0, "cuda": 1.0}  # seconds between log points
 CAPACITY = 1024  # steps between two log points at most

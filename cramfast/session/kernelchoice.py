@@ -7,7 +7,7 @@ import torch
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch
-from cramfast.record import read_record
+from cramfast.session.record import read_record
 
 
 def override(pairs: tuple[str, ...], device: str) -> None:

@@ -7,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from cramfast.errors import UserError
-from cramfast.record import parse_row
+from cramfast.session.record import parse_row
 
 SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 UNITS = {**dict.fromkeys(SECONDS, "seconds"), "tokens": "tokens", "flops": "flops", "steps": "steps"}

@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity
 
 from cramfast.config import TrainConfig, profiled_steps
 from cramfast.errors import UserError
-from cramfast.metrics import synchronize
 from cramfast.model.encoder import Encoder
 from cramfast.runtime import ranges
 from cramfast.runtime.ranges import Range
+from cramfast.session.metrics import synchronize
 
 # Set in programs that nsys and ncu start. CUPTI serves one tool at a time; torch.profiler would take it from them.
 NVIDIA_TOOLS = ("NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_TRANSPORT_TYPE")

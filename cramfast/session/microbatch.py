@@ -6,15 +6,15 @@ from functools import partial
 
 import torch
 
-from cramfast import kernelchoice
 from cramfast.batches.feed import tensors_of
 from cramfast.batches.loader import Batch
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
-from cramfast.ledger import Clock
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW
 from cramfast.runtime.ranges import Range
+from cramfast.session import kernelchoice
+from cramfast.session.ledger import Clock
 
 Work = Callable[[], None]
 WARM_UPS = 2  # before a capture: compilers, autotuners and cuBLAS do their first work, which cannot be captured

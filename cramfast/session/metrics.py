@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from cramfast.budget import Progress
 from cramfast.errors import UserError
-from cramfast.record import parse_row
 from cramfast.runtime.distributed import Team
 from cramfast.runtime.stopwatch import Stopwatch
+from cramfast.session.budget import Progress
+from cramfast.session.record import parse_row
 
 # Large enough to hide launch and packing, small enough for a fraction of a second.
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
