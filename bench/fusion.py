@@ -11,8 +11,8 @@ docs/decisions/0012 holds the table and what decides the matter.
 
 from dataclasses import dataclass
 
+from cramfast.cost.roofline import Card, find_card
 from cramfast.recipes import base, mini, small
-from cramfast.roofline import Card, find_card
 
 # Of the data sheet's peaks: what a library's matmul and a memory-bound kernel are taken to reach.
 LIBRARY_SHARE, BANDWIDTH_SHARE = 0.80, 0.85

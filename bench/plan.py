@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from bench import machine, tables
-from cramfast import calibration, footprint
 from cramfast.batches.loader import Batch
-from cramfast.forecast import forecast
+from cramfast.cost import calibration, footprint
+from cramfast.cost.forecast import forecast
+from cramfast.cost.roofline import microbatch_parts, update_parts
 from cramfast.kernels.cases import ragged_lengths
 from cramfast.model.encoder import Encoder
 from cramfast.optim.make import make_optimizer
 from cramfast.recipes import resolve, starting_config
-from cramfast.roofline import microbatch_parts, update_parts
 from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.session.ledger import Clock
 from cramfast.session.microbatch import Microbatch

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
+from cramfast.cost.roofline import bound, cost, find_card, parameter_count
 from cramfast.kernels.cases import ragged_lengths
 from cramfast.recipes import base
-from cramfast.roofline import bound, cost, find_card, parameter_count
 
 CARDS = tuple(find_card(name) for name in ("RTX 2080 Ti", "RTX A6000", "H200"))
 

@@ -12,14 +12,14 @@ from typing import Annotated
 import torch
 import tyro
 
-from cramfast import calibration, footprint, measurements
-from cramfast.calibration import Efficiency
 from cramfast.config import TrainConfig, require
+from cramfast.cost import calibration, footprint, measurements
+from cramfast.cost.calibration import Efficiency
+from cramfast.cost.forecast import Forecast, Line, ScalingLaw, forecast, read_law
+from cramfast.cost.measurements import Comparison
+from cramfast.cost.roofline import Card, find_card, microbatch_parts, parameter_count, update_parts
 from cramfast.errors import command
-from cramfast.forecast import Forecast, Line, ScalingLaw, forecast, read_law
-from cramfast.measurements import Comparison
 from cramfast.recipes import choose_device, resolve, starting_config
-from cramfast.roofline import Card, find_card, microbatch_parts, parameter_count, update_parts
 from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.session.budget import Budget, parse_budget
 from cramfast.session.record import short, span

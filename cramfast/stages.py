@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from cramfast import demo, export, prepare, report
 from cramfast.commandline import Request
 from cramfast.config import TrainConfig, flatten
+from cramfast.cost.roofline import parameter_count
 from cramfast.errors import UserError
-from cramfast.roofline import parameter_count
 from cramfast.runtime.distributed import Team
 from cramfast.runtime.progress import Stages
 from cramfast.session import checkpoint, kernelchoice

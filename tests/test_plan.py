@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from bench.plan import random_batch
-from cramfast import calibration, footprint, measurements, plan
-from cramfast.calibration import Efficiency
+from cramfast import plan
 from cramfast.config import to_json
+from cramfast.cost import calibration, footprint, measurements
+from cramfast.cost.calibration import Efficiency
+from cramfast.cost.forecast import forecast, read_law
+from cramfast.cost.roofline import Card, Part, find_card, microbatch_parts, muon_parameters, update_parts
 from cramfast.errors import UserError
-from cramfast.forecast import forecast, read_law
 from cramfast.model.encoder import Encoder
 from cramfast.optim.flat import FlatParameters
 from cramfast.optim.make import OPTIMIZERS, make_optimizer
 from cramfast.optim.schedule import microbatches
 from cramfast.recipes import resolve, starting_config
-from cramfast.roofline import Card, Part, find_card, microbatch_parts, muon_parameters, update_parts
 from cramfast.session.budget import Budget
 
 CPU = Card("some processor", 2e10, 1e11, 1e11, 8 << 30, None, "a test")

@@ -9,13 +9,8 @@ import torch
 
 from bench import fusion
 from bench.roofline import CARDS, bound, markdown
-from cramfast.errors import UserError
-from cramfast.footprint import state_bytes
-from cramfast.kernels.cases import CASES
-from cramfast.model.encoder import Encoder, flops_per_token
-from cramfast.optim.muon import STACKED
-from cramfast.recipes import PRESETS, resolve
-from cramfast.roofline import (
+from cramfast.cost.footprint import state_bytes
+from cramfast.cost.roofline import (
     ORTHOGONALISE,
     Card,
     cost,
@@ -26,6 +21,11 @@ from cramfast.roofline import (
     parameter_count,
     update_parts,
 )
+from cramfast.errors import UserError
+from cramfast.kernels.cases import CASES
+from cramfast.model.encoder import Encoder, flops_per_token
+from cramfast.optim.muon import STACKED
+from cramfast.recipes import PRESETS, resolve
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "profiling.md"
 

@@ -11,8 +11,8 @@ from test_report import Tags
 
 from cramfast.commandline import parse
 from cramfast.config import TrainConfig, config_hash
+from cramfast.cost.losslaw import Law
 from cramfast.errors import UserError
-from cramfast.losslaw import Law
 from cramfast.scaling import claims, fit, report, runner, table
 from cramfast.scaling import plan as plans
 from cramfast.scaling.claims import Rates, gain, measured_gain, predicted_gain, verdict

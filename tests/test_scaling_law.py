@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.optimize import approx_fprime
 
+from cramfast.cost.losslaw import Law
 from cramfast.errors import UserError
-from cramfast.losslaw import Law
 from cramfast.scaling import law as laws
 from cramfast.scaling.fit import Options
 from cramfast.scaling.law import Points, interval

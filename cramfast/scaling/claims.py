@@ -15,8 +15,8 @@ import numpy as np
 import tyro
 
 from cramfast.config import TrainConfig
+from cramfast.cost.losslaw import Law
 from cramfast.errors import UserError
-from cramfast.losslaw import Law
 from cramfast.pages.page import write_page
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.scaling.fit import laws_of, read_fit

@@ -10,8 +10,8 @@ import numpy as np
 import tyro
 
 from cramfast.config import require
+from cramfast.cost.losslaw import Law
 from cramfast.errors import UserError
-from cramfast.losslaw import Law
 from cramfast.pages.page import write_page
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.scaling import law as laws

@@ -10,8 +10,8 @@ from itertools import product
 import numpy as np
 from scipy.optimize import minimize
 
+from cramfast.cost.losslaw import Law
 from cramfast.errors import UserError
-from cramfast.losslaw import Law
 
 HUBER = 1e-3  # Hoffmann et al.'s, on log loss
 STARTS = tuple(product((0.1, 0.3, 0.5, 0.8, 1.2), (0.1, 0.3, 0.5, 0.8, 1.2), (0.1, 0.4, 0.7, 0.95), (0.2, 0.5, 0.8)))

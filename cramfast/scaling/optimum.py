@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cramfast.losslaw import Law
+from cramfast.cost.losslaw import Law
 from cramfast.scaling.law import interval
 
 SIZES = 400  # sizes compared

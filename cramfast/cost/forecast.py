@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from cramfast.calibration import Efficiency
 from cramfast.config import ModelConfig, TrainConfig
+from cramfast.cost.calibration import Efficiency
+from cramfast.cost.losslaw import Law
+from cramfast.cost.roofline import Card, Part, bound, cost, microbatch_parts, parameter_count, update_parts
 from cramfast.errors import UserError
 from cramfast.kernels.cases import ragged_lengths
-from cramfast.losslaw import Law
 from cramfast.model.encoder import flops_per_token
 from cramfast.optim import schedule
-from cramfast.roofline import Card, Part, bound, cost, microbatch_parts, parameter_count, update_parts
 from cramfast.session.budget import Budget
 
 SLICES = 1000  # of a budget, in which the batch ramp counts as constant

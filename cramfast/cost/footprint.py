@@ -3,8 +3,8 @@
 import resource
 
 from cramfast.config import TrainConfig
+from cramfast.cost.roofline import element_size, masked_tokens, muon_parameters, parameter_count
 from cramfast.kernels.cross_entropy import CHUNK_BYTES
-from cramfast.roofline import element_size, masked_tokens, muon_parameters, parameter_count
 
 CONTEXT_BYTES = 512 << 20  # of a GPU, for driver, kernels and libraries; assumed, measured on no card
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from cramfast.calibration import Efficiency
 from cramfast.config import TrainConfig, from_json
+from cramfast.cost.calibration import Efficiency
+from cramfast.cost.forecast import forecast
+from cramfast.cost.roofline import TENSOR_CORE_OPERATORS, Card
 from cramfast.errors import UserError
-from cramfast.forecast import forecast
-from cramfast.roofline import TENSOR_CORE_OPERATORS, Card
 from cramfast.session.record import Record, number, read_record
 
 

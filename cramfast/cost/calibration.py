@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import cramfast.kernels
+from cramfast.cost.roofline import CASE_OF, ORTHOGONALISE, Card, Part, bound, cost
 from cramfast.kernels.cases import on_device, training_pass
 from cramfast.kernels.cross_entropy import CHUNK_BYTES
 from cramfast.optim.muon import orthogonalised, product_dtype
-from cramfast.roofline import CASE_OF, ORTHOGONALISE, Card, Part, bound, cost
 from cramfast.runtime.stopwatch import Stopwatch, Work, interleaved
 from cramfast.session.metrics import measure_copy_bandwidth, measure_matmul_peak
 from cramfast.session.runfolder import cpu_name
