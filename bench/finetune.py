@@ -28,7 +28,7 @@ from cramfast.evaluate.finetune import Encoded, Protocol
 from cramfast.evaluate.scores import METRICS
 from cramfast.evaluate.tasks import Task, find_task
 from cramfast.export import export
-from cramfast.hfcheck import quiet_transformers
+from cramfast.hf.check import quiet_transformers
 from cramfast.recipes import choose_dtype
 from cramfast.runtime.allocator import keep_freed_memory
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from cramfast.config import ModelConfig, from_json, to_json
 from cramfast.errors import UserError, command
-from cramfast.hfcheck import TOLERANCE, max_difference
+from cramfast.hf.check import TOLERANCE, max_difference
+from cramfast.hf.modelcard import card
 from cramfast.model.encoder import Encoder
-from cramfast.modelcard import card
 from cramfast.runtime import atomic
 from cramfast.session.checkpoint import load_model
 from cramfast.session.record import read_json, read_record

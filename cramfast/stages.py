@@ -7,11 +7,12 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from cramfast import demo, export, prepare, report
+from cramfast import export, prepare, report
 from cramfast.commandline import Request
 from cramfast.config import TrainConfig, flatten
 from cramfast.cost.roofline import parameter_count
 from cramfast.errors import UserError
+from cramfast.hf import demo
 from cramfast.runtime.distributed import Team
 from cramfast.runtime.progress import Stages
 from cramfast.session import checkpoint, kernelchoice

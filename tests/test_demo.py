@@ -8,8 +8,8 @@ from rich.console import Console
 from tiny_run import SENTENCES, make_run, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cramfast.demo import fill_mask, show
-from cramfast.hfcheck import packed_logits
+from cramfast.hf.check import packed_logits
+from cramfast.hf.demo import fill_mask, show
 from cramfast.session.checkpoint import load_model
 
 

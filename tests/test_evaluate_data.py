@@ -8,7 +8,7 @@ import pytest
 from cramfast.errors import UserError
 from cramfast.evaluate import blimp, cola, examples, glue, owntask, scores
 from cramfast.evaluate.tasks import NUMBERS, TASKS, find_task
-from cramfast.modelcard import with_scores
+from cramfast.hf.modelcard import with_scores
 from cramfast.pages.scoretable import ScoreTable
 
 DATA = Path(os.environ.get("CRAMFAST_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

@@ -21,7 +21,7 @@ from transformers import (
 import cramfast.export
 from cramfast.errors import UserError
 from cramfast.export import FILES, describe, export, load
-from cramfast.hfcheck import TOLERANCE, packed_logits
+from cramfast.hf.check import TOLERANCE, packed_logits
 from cramfast.session import checkpoint
 from cramfast.session.checkpoint import load_model
 from cramfast.stages import publish

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-from cramfast import modelcard, report
+from cramfast import report
 from cramfast.errors import UserError
 from cramfast.evaluate.checkpoints import name_of
 from cramfast.evaluate.masked import MaskedModel
+from cramfast.hf import modelcard
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.runtime import atomic
 from cramfast.session.record import EVALUATIONS, SCORES_REMEDY, read_json, read_record

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cramfast.errors import UserError
 from cramfast.evaluate.checkpoints import NotOurs, load, name_of, quiet
 from cramfast.evaluate.masked import Hidden, MaskedModel
-from cramfast.hfcheck import quiet_transformers
+from cramfast.hf.check import quiet_transformers
 
 BATCH_TOKENS = 2048  # of one forward pass, padding included; the logits of all of them are held at once
 REFUSALS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError)
