@@ -35,11 +35,12 @@ from bench.tables import append, read
 from cramfast import stages
 from cramfast.config import TrainConfig, config_hash, require
 from cramfast.errors import UserError, command
+from cramfast.pages.numbers import span
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.recipes import choose_device, crammed, plain, resolve
 from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.session.budget import Budget
-from cramfast.session.record import read_record, span
+from cramfast.session.record import read_record
 from cramfast.train import train
 
 DEFAULT = "default"

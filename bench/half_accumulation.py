@@ -29,7 +29,7 @@ from cramfast import stages
 from cramfast.config import TrainConfig, config_hash, require
 from cramfast.errors import UserError, command
 from cramfast.kernels import linear
-from cramfast.model import encoder as model
+from cramfast.model import encoder
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.recipes import plain, resolve
 from cramfast.runtime.allocator import keep_freed_memory
@@ -114,7 +114,7 @@ def train_by(system: str, config: TrainConfig, prepared: Path, budget: Budget) -
         "product": lambda x_ND, weight_ED: multiply(x_ND, weight_ED.t()),
         "input_gradient": lambda dy_NE, weight_ED: multiply(dy_NE * SCALE, weight_ED) / SCALE,
     }
-    with mock.patch.multiple(linear, **products), mock.patch.object(model, "linear", linear.LinearFunction.apply):
+    with mock.patch.multiple(linear, **products), mock.patch.object(encoder, "linear", linear.LinearFunction.apply):
         return train_once(config, prepared, budget)
 
 

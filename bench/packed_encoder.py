@@ -1,5 +1,5 @@
-"""The encoder of cramfast/model/encoder.py in plain PyTorch modules on packed batches, with torch's FlashAttention: what a
-careful user of stock parts would train. Parameters have the same names, so that weights can be exchanged."""
+"""The encoder of cramfast/model/encoder.py in plain PyTorch modules on packed batches, with torch's FlashAttention:
+what a careful user of stock parts would train. Parameters have the same names, so that weights can be exchanged."""
 
 import torch
 import torch.nn.functional as F

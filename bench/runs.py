@@ -18,8 +18,10 @@ import tyro
 from bench.tables import grid
 from cramfast.config import Curation, require
 from cramfast.errors import UserError, command
+from cramfast.pages.numbers import short, span
 from cramfast.runtime import atomic
-from cramfast.session.record import EVALUATIONS, Record, read_json, read_record, short, span
+from cramfast.runtime.jsonfile import read_json
+from cramfast.session.record import EVALUATIONS, Record, read_record
 
 JSON, PAGE, PICTURE = "results.json", "results.md", "results-loss.svg"
 CURVE_POINTS = 60  # of a held-out curve in the JSON

@@ -104,7 +104,7 @@ def _check(case: Case, choice: dispatch.Choice) -> Check:
         except (RuntimeError, ValueError, TypeError, ImportError) as error:
             return Check(choice, float("inf"), f"failed: {str(error).strip().splitlines()[0]}")
         for name, true in truth.items():
-            # The rule of tests/test_ops.py: twice the error of eager PyTorch, plus one ulp of the largest value.
+            # The rule of tests/kernels/test_ops.py: twice eager PyTorch's error, plus one ulp of the largest value.
             ulp = torch.finfo(ours[name].dtype).eps * float(true.abs().max())
             allowed = 2 * _error(eager[name], true) + ulp
             excess = _error(ours[name], true) / allowed if allowed else 0.0

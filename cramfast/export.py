@@ -22,8 +22,9 @@ from cramfast.hf.check import TOLERANCE, max_difference
 from cramfast.hf.modelcard import card
 from cramfast.model.encoder import Encoder
 from cramfast.runtime import atomic
+from cramfast.runtime.jsonfile import read_json
 from cramfast.session.checkpoint import load_model
-from cramfast.session.record import read_json, read_record
+from cramfast.session.record import read_record
 
 FILES = frozenset(
     (

@@ -19,10 +19,10 @@ from cramfast.cost.forecast import Forecast, Line, ScalingLaw, forecast, read_la
 from cramfast.cost.measurements import Comparison
 from cramfast.cost.roofline import Card, find_card, microbatch_parts, parameter_count, update_parts
 from cramfast.errors import command
+from cramfast.pages.numbers import short, span
 from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.session.budget import Budget, parse_budget
-from cramfast.session.record import short, span
 
 USABLE_MEMORY = 0.9  # of a device: the count came out 5 to 8 % below what steps took on a CPU (docs/log.md)
 

@@ -314,7 +314,7 @@ def main() -> None:
     from rich.table import Table
 
     from cramfast.runtime.progress import Stages
-    from cramfast.text import report as corpusreport
+    from cramfast.text import report as text_report
 
     options = tyro.cli(Options, prog="python -m cramfast.prepare", description=__doc__)
     console = Console()
@@ -342,7 +342,7 @@ def main() -> None:
         f"vocabulary {manifest['vocab_size']:,}, unigram entropy {manifest['unigram_entropy_nats']:.3f} nats, "
         f"{elapsed:.1f} s ({characters / elapsed / 1e6:.1f} million characters a second)"
     )
-    console.print(f"report: {corpusreport.write_report(folder)}", **plain)
+    console.print(f"report: {text_report.write_report(folder)}", **plain)
     console.print(f"train on it: python -m cramfast.train --data {folder}", **plain)
 
 

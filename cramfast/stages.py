@@ -13,11 +13,12 @@ from cramfast.config import TrainConfig, flatten
 from cramfast.cost.roofline import parameter_count
 from cramfast.errors import UserError
 from cramfast.hf import demo
+from cramfast.pages.numbers import short, span
 from cramfast.runtime.distributed import Team
 from cramfast.runtime.progress import Stages
 from cramfast.session import checkpoint, kernelchoice
 from cramfast.session.microbatch import graph_choice
-from cramfast.session.record import Record, read_record, short, span
+from cramfast.session.record import Record, read_record
 from cramfast.text.curation import summary
 from cramfast.text.prepared import is_prepared, read_manifest
 

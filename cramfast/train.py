@@ -30,8 +30,7 @@ from cramfast.runtime import distributed
 from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.runtime.distributed import ALONE, Team
 from cramfast.runtime.interrupt import Interrupt
-from cramfast.session import checkpoint, runfolder
-from cramfast.session import memory as fit
+from cramfast.session import checkpoint, memory, runfolder
 from cramfast.session.budget import Budget, Progress, Replay, parse_budget, read_replay, resized
 from cramfast.session.ledger import Clock, Ledger, Step
 from cramfast.session.metrics import Display, MetricsLog, open_log
@@ -56,8 +55,8 @@ def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | R
     saved = team.first(lambda: latest(config, run_dir)[0].microbatch_tokens)
     tokens = budget.microbatch_tokens or saved or config.microbatch_tokens
     least = tokens if budget.microbatch_tokens else config.sequence_len  # a replay keeps the size of its record
-    error = torch.OutOfMemoryError if team.alone else fit.OutOfMemoryTogether
-    return fit.halving(lambda size: session(config, run_dir, prepared, budget, size, team), tokens, least, error)
+    error = torch.OutOfMemoryError if team.alone else memory.OutOfMemoryTogether
+    return memory.halving(lambda size: session(config, run_dir, prepared, budget, size, team), tokens, least, error)
 
 
 def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay, size: int, team: Team) -> bool:
@@ -158,7 +157,7 @@ def accumulate(
     tokens, flops, stopped, full = team.added(tokens, flops, interrupt.requested, full)
     microbatch.optimizer.sharding.reduce()  # after any end: others may have begun, and wait for this process
     if full:
-        raise fit.OutOfMemoryTogether
+        raise memory.OutOfMemoryTogether
     return tokens, flops, stopped
 
 

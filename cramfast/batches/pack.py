@@ -8,6 +8,8 @@ alone.
 import numba
 import numpy as np
 
+from cramfast.runtime.counter_random import mix
+
 SPECIALS_PER_SEQUENCE = 2  # [CLS] and [SEP]
 POOL = 4096  # chunks the packer chooses from; all lengths up to 512 occur among them in ordinary text
 TRIED_THIRDS = 64  # sizes tried as the first of three; bounds the search
@@ -202,14 +204,6 @@ def fill(ids, starts, lengths, members, out, offsets, places, cls, sep):
         offsets[s + 1] = used
     offsets[len(members) + 1 :] = used
     return used
-
-
-@numba.njit(cache=True, nogil=True)
-def mix(x):
-    """The finaliser of SplitMix64 (Steele, Lea, Flood, 2014): every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @numba.njit(cache=True, nogil=True)

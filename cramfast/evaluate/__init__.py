@@ -1,1 +1,7 @@
-"""How good a model is: held-out perplexity, GLUE and own tasks by fine-tuning, BLiMP: python -m cramfast.evaluate."""
+"""How good a model is: python -m cramfast.evaluate glue, task, blimp, perplexity, cola.
+
+One file a subcommand: `glue`, `owntask`, `blimp`, `perplexity`, `cola`; `probe` is the quick look during training.
+Models come from `checkpoints` (ours) or `stock` (any of `transformers`) as a `masked` model. `tasks` says what GLUE's
+tasks are, `examples` reads them, `finetune` trains on one and `jobs` on many, `scores` judges; `results` writes what
+was found, on the `machine` that was asked for. Read `checkpoints.py` first.
+"""

@@ -22,7 +22,8 @@ from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.masked import Hidden, MaskedModel, log_probabilities
 from cramfast.evaluate.stock import load_masked
 from cramfast.pages.scoretable import ScoreTable
-from cramfast.session.record import SCORES_REMEDY, read_json
+from cramfast.runtime.jsonfile import read_json
+from cramfast.session.record import SCORES_REMEDY
 from cramfast.text.corpus import file_format, read_lines
 
 PARADIGMS = 67  # of the whole set

@@ -18,8 +18,8 @@ from cramfast.config import ModelConfig
 from cramfast.errors import UserError
 from cramfast.evaluate.masked import Hidden, batches
 from cramfast.model.encoder import Encoder
+from cramfast.runtime.jsonfile import read_json
 from cramfast.session import checkpoint
-from cramfast.session.record import read_json
 
 SPECIAL = ("[CLS]", "[SEP]", "[MASK]", "[UNK]")
 LOGIT_ROWS = 1024  # rows of the decoder's output held at once

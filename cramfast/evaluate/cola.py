@@ -21,7 +21,8 @@ from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.scores import accuracy, matthews
 from cramfast.evaluate.tasks import TASKS
 from cramfast.pages.page import document
-from cramfast.session.record import EVALUATIONS, SCORES_REMEDY, read_json
+from cramfast.runtime.jsonfile import read_json
+from cramfast.session.record import EVALUATIONS, SCORES_REMEDY
 
 HARDEST = 30  # sentences shown that every seed misjudged
 PAGE_STYLE = """

@@ -12,7 +12,7 @@ from cramfast.evaluate.examples import Examples
 from cramfast.evaluate.finetune import Encoded, Fit, Protocol, encode, fit
 from cramfast.evaluate.scores import METRICS
 from cramfast.model.encoder import Encoder
-from cramfast.session.record import span
+from cramfast.pages.numbers import span
 
 COLUMNS = ["task", "metric", "median", "lowest", "highest", "std", "seeds", "data"]
 

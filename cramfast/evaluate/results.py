@@ -10,7 +10,8 @@ from cramfast.evaluate.masked import MaskedModel
 from cramfast.hf import modelcard
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.runtime import atomic
-from cramfast.session.record import EVALUATIONS, SCORES_REMEDY, read_json, read_record
+from cramfast.runtime.jsonfile import read_json
+from cramfast.session.record import EVALUATIONS, SCORES_REMEDY, read_record
 
 
 def path_of(model: MaskedModel, name: str, out: Path | None) -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from cramfast.config import ModelConfig, to_json
 from cramfast.pages.scoretable import ScoreTable
-from cramfast.report import manifest_rows, tiles
 from cramfast.session.record import Record
+from cramfast.session.summary import manifest_rows, tiles
 
 SCORES = "## Scores"
 

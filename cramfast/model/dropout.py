@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cramfast.batches.pack import mix
+from cramfast.runtime.counter_random import mix
 
 UNSIGNED = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}  # by the bytes of an element
 STEPS = 1 << 16  # a rate is rounded to a multiple of 1 / STEPS, so that four elements share a random number of 64 bits

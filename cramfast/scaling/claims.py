@@ -17,8 +17,10 @@ import tyro
 from cramfast.config import TrainConfig
 from cramfast.cost.losslaw import Law
 from cramfast.errors import UserError
+from cramfast.pages.numbers import span
 from cramfast.pages.page import write_page
 from cramfast.pages.scoretable import ScoreTable
+from cramfast.runtime.jsonfile import read_json
 from cramfast.scaling.fit import laws_of, read_fit
 from cramfast.scaling.law import interval
 from cramfast.scaling.plan import Run, parameters
@@ -27,7 +29,6 @@ from cramfast.scaling.runner import Job, Runner
 from cramfast.scaling.shift import confidence
 from cramfast.scaling.stepper import Stepper, as_the_trainer
 from cramfast.scaling.switches import SWITCHES, Variant
-from cramfast.session.record import read_json, span
 from cramfast.session.runfolder import cpu_name
 
 CLAIMS_FILE, CLAIMS_TABLE = "claims.json", "claims.jsonl"

@@ -12,6 +12,7 @@ import tyro
 from cramfast.config import require
 from cramfast.cost.losslaw import Law
 from cramfast.errors import UserError
+from cramfast.pages.numbers import short
 from cramfast.pages.page import write_page
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.scaling import law as laws
@@ -19,7 +20,6 @@ from cramfast.scaling.law import Points, interval
 from cramfast.scaling.optimum import Cost, budget_name, optimum, six_nd
 from cramfast.scaling.shift import shifts
 from cramfast.scaling.table import TABLE, read_table
-from cramfast.session.record import short
 
 FIT_FILE = "fit.json"
 LEAST_FLOOR = 0.05  # nats; no text is that predictable

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import tyro
 
 from cramfast.errors import UserError
+from cramfast.pages.numbers import short, span
 from cramfast.pages.page import document, write_page
 from cramfast.pages.page import table as html_table
 from cramfast.pages.scoretable import ScoreTable
+from cramfast.runtime.jsonfile import read_json
 from cramfast.scaling import claims, fit, plots
 from cramfast.scaling.optimum import budget_name
 from cramfast.scaling.table import TABLE, read_table
-from cramfast.session.record import read_json, short, span
 
 PAGE = "report.html"
 CAPTIONS = {

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from cramfast.config import TrainConfig, require
 from cramfast.errors import UserError
+from cramfast.pages.numbers import short, span
 from cramfast.prepare import prepare
 from cramfast.recipes import choose_device
 from cramfast.runtime.progress import Stages
@@ -19,7 +20,6 @@ from cramfast.scaling import plan as plans
 from cramfast.scaling import table
 from cramfast.scaling.plan import Plan, Run
 from cramfast.scaling.runner import Job, Runner
-from cramfast.session.record import short, span
 
 CALIBRATION_S = 0.7  # of training for each shape, three times; the median counts
 PLAN_FILE = "plan.json"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cramfast.errors import UserError
 from cramfast.pages.scoretable import ScoreTable
+from cramfast.runtime.jsonfile import read_json
 
 SCORES_REMEDY = "remove the file and evaluate again"
 EVALUATIONS = "evaluations"  # folder in a run's, one JSON file for each kind of evaluation
@@ -82,26 +83,6 @@ def parse_row(line: str | bytes) -> dict | None:
     return row if whole else None
 
 
-def read_json(path: Path, remedy: str = "restore the file or train again") -> dict:
-    """The JSON object in a file, {} when there is no such file.
-
-    Args:
-        remedy: what the error tells to do.
-
-    Raises:
-        UserError: the file is no JSON object.
-    """
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}) — {remedy}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object — {remedy}")
-    return value
-
-
 def read_record(run_dir: Path) -> Record:
     """Read a run folder.
 
@@ -168,24 +149,3 @@ def before(rows: list[dict], step: int) -> list[dict]:
     while rows and rows[-1]["step"] >= step:
         rows.pop()
     return rows
-
-
-def short(value: float, unit: str = "") -> str:
-    """A number for reading: three digits and a magnitude (45.6 M, 7.89 B, 1.20e15); – for NaN."""
-    if not math.isfinite(value):
-        return "–"
-    for limit, scale, letter in ((1e12, None, ""), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= limit:
-            text = f"{value:.2e}".replace("e+", "e") if scale is None else f"{value / scale:.3g} {letter}"
-            return f"{text} {unit}".strip()
-    text = f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
-    return f"{text} {unit}".strip()
-
-
-def span(seconds: float) -> str:
-    """A duration for reading: 45 s, 12.3 min, 4.56 h; – for NaN."""
-    if not math.isfinite(seconds):
-        return "–"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.2f} h"

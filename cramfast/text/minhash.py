@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 
-from cramfast.batches.pack import mix
+from cramfast.runtime.counter_random import mix
 
 WINDOW_BYTES = 24
 HASHES = 128

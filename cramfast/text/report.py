@@ -7,8 +7,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cramfast.pages.charts import Line, bars, chart
+from cramfast.pages.numbers import short
 from cramfast.pages.page import document, figure, table, tile, write_page
-from cramfast.session.record import read_json, short
+from cramfast.runtime.jsonfile import read_json
 from cramfast.text.curation import SIMILARITY_BINS, dropped_steps
 from cramfast.text.prepared import PreparedText
 from cramfast.text.tokenizer import FIRST_WORD, UNK
