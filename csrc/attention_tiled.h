@@ -55,7 +55,7 @@ constexpr int shared_bytes = y_offset<width, S> + (S::y_in_registers ? 0 : S::ro
 static_assert(shared_bytes<64, ShapeOf<64, false, false>> == 16896 &&
                   shared_bytes<64, ShapeOf<64, false, true>> == 33792 &&
                   shared_bytes<128, ShapeOf<128, true>> == 49408,
-              "tests/test_sass.py has these numbers too");
+              "tests/kernels/test_sass.py has these numbers too");
 
 // The 16 rows of a warp (none when `position` is at or past the length) and the columns of its block. The window is
 // symmetric: queries see keys as keys are seen by queries.

@@ -142,7 +142,7 @@ def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
             what no CUDA kernel takes (bfloat16 before sm_80, half precision beyond 8,192 tokens).
 
     Softmax and sums run in float32; the largest error is at most twice that of eager PyTorch in the same dtype
-    (tests/test_ops.py). Source: Dao et al., arXiv:2205.14135.
+    (tests/kernels/test_ops.py). Source: Dao et al., arXiv:2205.14135.
     """
     _, function = dispatch.pick("attention", qkv, windowed=window is not None)
     if function:

@@ -77,13 +77,13 @@ doctor() {
 
 # layernorm_glu in one kernel, which takes half precision alone; "$1": more for -k.
 fused_tests() {
-  "$PYTHON" -m pytest tests/test_ops.py --device cuda --kernels cpp_fused -k "layernorm_glu and not compiles ${1:-}"
+  "$PYTHON" -m pytest tests/kernels/test_ops.py --device cuda --kernels cpp_fused -k "layernorm_glu and not compiles ${1:-}"
 }
 
 tests() {
   local chosen=()
   ((REHEARSE)) && chosen=(-k "values and glu")
-  "$PYTHON" -m pytest tests/test_ops.py --device "$DEVICE" "${chosen[@]}"
+  "$PYTHON" -m pytest tests/kernels/test_ops.py --device "$DEVICE" "${chosen[@]}"
   local failed=$?
   ((REHEARSE)) || fused_tests || failed=1
   return $failed
@@ -91,14 +91,14 @@ tests() {
 
 probe() {
   needs_gpu "the emulator's probes run on hardware, compiled by nvcc"
-  "$PYTHON" -m pytest tests/test_emulator.py --device cuda
+  "$PYTHON" -m pytest tests/kernels/test_emulator.py --device cuda
 }
 
 turing() {
   needs_gpu "PTX for compute_75 needs nvcc and a driver"
   cd "$WORK/turing" || return
   "$PYTHON" -c 'import torch, cramfast.kernels, cramfast._C; print(cramfast._C.__file__)'
-  "$PYTHON" -m pytest tests/test_ops.py --device cuda -k "not bfloat16"  # Turing has no bfloat16 tensor cores
+  "$PYTHON" -m pytest tests/kernels/test_ops.py --device cuda -k "not bfloat16"  # Turing has no bfloat16 tensor cores
   local failed=$?
   fused_tests "and not bfloat16" || failed=1
   return $failed

@@ -1,5 +1,7 @@
-"""A batch source without files, of cramfast.batches.loader's interface: sentences of a tiny language in which each token fixes
-the next, so that a model learns it in seconds."""
+"""A batch source without files, of cramfast.batches.loader's interface.
+
+Sentences of a tiny language in which each token fixes the next, so that a model learns it in seconds.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who may import whom (docs: architecture §3), read from the sources without importing them."""
+"""Who may import whom (docs/architecture.md), read from the sources without importing them."""
 
 import ast
 import re
@@ -7,7 +7,39 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {path.stem: path for path in (ROOT / "cramfast").glob("*.py")}
+PACKAGE = ROOT / "cramfast"
+
+# From the ground up; a room, or a file at the front door, imports only from floors below its own.
+FLOORS = (
+    ("errors",),
+    ("config", "kernels"),
+    ("runtime",),
+    ("model", "optim", "pages"),
+    ("text",),
+    ("batches",),
+    ("session",),
+    ("cost", "hf"),
+    ("recipes",),
+    ("commandline",),
+    ("prepare", "export", "report", "plan", "doctor"),
+    ("stages", "evaluate"),
+    ("train",),
+    ("scaling",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def module_of(path: Path) -> str:
+    """cramfast/text/corpus.py is text.corpus; a room's __init__.py is the room."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+MODULES = {module_of(path): path for path in FILES}
 
 
 def imported(path: Path) -> set[str]:
@@ -15,70 +47,65 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
 def ours(path: Path) -> set[str]:
-    """Modules of cramfast that a file imports, by their short names."""
-    parts = (name.split(".") for name in imported(path) if name.startswith("cramfast."))
-    return {part[1] for part in parts if part[1] in SOURCES or part[1] == "kernels"}
+    """Modules of cramfast that a file imports, as text.corpus or kernels.attention; imports inside functions too."""
+    names = {name.removeprefix("cramfast.") for name in imported(path) if name.startswith("cramfast.")}
+    return {name for name in names if name in MODULES or room_of(name) == "kernels"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
 def test_kernels_know_no_model_and_no_config(path):
-    assert not ours(path) - {"kernels"}
+    assert {room_of(name) for name in ours(path)} <= {"kernels"}
     assert not {name.split(".")[0] for name in imported(path)} & {"bench", "tests", "transformers", "tyro"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "cramfast").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_nothing_imports_bench_or_tests(path):
     assert not {name.split(".")[0] for name in imported(path)} & {"bench", "tests"}
 
 
-def test_only_the_command_line_uses_evaluate():
-    """Report and model card know the tables that it leaves, not how they came about; training knows the quick probe."""
-    for path in SOURCES.values():
-        used = {name for name in imported(path) if name.startswith("cramfast.evaluate.")}
-        assert {name.split(".")[2] for name in used} <= ({"probe"} if path.stem == "train" else set()), path.name
-    for path in (ROOT / "cramfast" / "evaluate").glob("*.py"):
-        assert "train" not in ours(path)
-        foreign = {name.split(".")[0] for name in imported(path)} & {"bench", "tests", "transformers"}
+def test_every_file_has_a_floor():
+    assert {room_of(module) for module in MODULES} | {"kernels"} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_go_down(path):
+    room = room_of(module_of(path))
+    for used in sorted({room_of(name) for name in ours(path)} - {room}):
+        assert FLOOR_OF[used] < FLOOR_OF[room], f"{room} imports {used}, which is not below it"
+
+
+def test_rooms_say_what_lives_in_them():
+    """One paragraph or two, and the file to read first, which is there."""
+    for room in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
+        text = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
+        named = re.search(r"Read\s+`([a-z_]+\.py)`\s+first", text)
+        assert named and (room / named[1]).exists(), f"{room.name}: {text}"
+        for path in room.glob("[a-z]*.py"):
+            assert path.stem in text, f"{room.name}/__init__.py does not name {path.name}"
+
+
+def test_only_stock_models_are_computed_by_transformers():
+    for path in [*(PACKAGE / "evaluate").glob("*.py"), *(PACKAGE / "scaling").glob("*.py")]:
+        foreign = {name.split(".")[0] for name in imported(path)} & {"transformers"}
         assert foreign <= ({"transformers"} if path.stem == "stock" else set()), path.name
 
 
-def test_only_the_command_line_uses_scaling():
-    """The trainer knows nothing of plans and switches; of them, only the one that starts it knows the trainer."""
-    for path in SOURCES.values():
-        assert path.stem == "plan" or not {n for n in imported(path) if n.startswith("cramfast.scaling")}, path.name
-    for path in (ROOT / "cramfast" / "scaling").glob("*.py"):
-        assert path.stem == "switched" or "train" not in ours(path), path.name
-        assert not {name.split(".")[0] for name in imported(path)} & {"bench", "tests", "transformers"}
-
-
-@pytest.mark.parametrize("name", ["errors", "config", "schedule", "interrupt"])
-def test_the_ground_floor_stands_alone(name):
-    assert ours(SOURCES[name]) <= {"errors", "config"}
-
-
-@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"train", "__init__"}))
-def test_nothing_imports_the_training_loop(name):
-    assert "train" not in ours(SOURCES[name])
-
-
-@pytest.mark.parametrize(
-    "name", ["corpus", "curation", "minhash", "tokenizer", "pack", "loader", "prepared", "survey", "splits", "prepare"]
-)
-def test_text_knows_no_model(name):
-    if name not in SOURCES:
-        pytest.skip(f"{name}.py is not there")
-    assert not ours(SOURCES[name]) & {"model", "optim", "checkpoint", "kernels"}
+def test_training_knows_of_evaluation_only_the_quick_probe():
+    used = {name for name in ours(MODULES["train"]) if room_of(name) == "evaluate"}
+    assert used <= {"evaluate", "evaluate.probe"}
+    assert {name for name, path in MODULES.items() if "train" in ours(path)} == {"scaling.switched"}
 
 
 def test_imports_have_no_cycle():
-    """Whole-module cycles; imports inside a function count too."""
-    graph = {name: ours(path) & SOURCES.keys() for name, path in SOURCES.items()}
+    """Of modules, not only of rooms; imports inside a function count too."""
+    graph = {name: ours(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
     while graph:
         free = [name for name, uses in graph.items() if not uses & graph.keys()]
         assert free, f"cycle among {sorted(graph)}"

@@ -13,8 +13,9 @@ from tiny_run import make_run, rows, tiny_config
 from cramfast import stages
 from cramfast.errors import UserError
 from cramfast.pages.charts import BINS, binned, tick
+from cramfast.pages.numbers import short, span
 from cramfast.report import write_report
-from cramfast.session.record import Record, read_record, short, span
+from cramfast.session.record import Record, read_record
 
 
 class Tags(HTMLParser):

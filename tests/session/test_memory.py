@@ -10,7 +10,7 @@ from fake_loader import rows, run, same_bits, weights
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
 from cramfast.session import checkpoint
-from cramfast.session import memory as fit
+from cramfast.session import memory as search
 from cramfast.session.budget import Progress, read_replay, resized
 
 plain_loss = Encoder.loss
@@ -135,6 +135,6 @@ def test_nothing_of_a_failed_attempt_is_alive_in_the_next():
 
     gc.disable()
     try:
-        assert fit.halving(attempt, 8, 1) == 2
+        assert search.halving(attempt, 8, 1) == 2
     finally:
         gc.enable()

@@ -13,7 +13,7 @@ from bench import machine, sass
 from cramfast.errors import UserError
 from cramfast.kernels import emulated
 
-PROBE = Path(__file__).parent / "emulator" / "probe.cu"
+PROBE = Path(__file__).parent / "probe.cu"
 HARDWARE = {"native": "-arch=native", "compute_75": "-gencode=arch=compute_75,code=compute_75"}  # by name: nvcc's flag
 pytestmark = pytest.mark.skipif(bool(emulated.missing_reason()), reason=emulated.missing_reason() or "can be built")
 

@@ -1,5 +1,5 @@
 """LayerNorm, matmul and gate as one kernel (csrc/layernorm_glu.h) on the emulator, for the code paths of sm_75 and
-sm_86: the rule of tests/test_ops.py, and what this kernel promises beyond it."""
+sm_86: the rule of tests/kernels/test_ops.py, and what this kernel promises beyond it."""
 
 import pytest
 import torch

@@ -28,7 +28,7 @@ from cramfast.text.prepared import PreparedText, read_manifest, verify
 from cramfast.text.survey import Survey, fraction
 from cramfast.text.tokenizer import UNK
 
-CORPUS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "corpus" / "small.txt.xz"
+CORPUS = Path(__file__).resolve().parents[3] / "shared" / "data" / "corpus" / "small.txt.xz"
 OPTIONS = {"vocab_size": 512}
 
 

@@ -214,7 +214,7 @@ def test_signals_end_it_at_once(tmp_path, end):
     script.write_text(INTERRUPTED)
     begun.mkdir()
     scratch.mkdir()
-    root = Path(__file__).parent
+    root = Path(__file__).resolve().parents[1]
     paths = os.pathsep.join([str(root.parent), str(root), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, script, results, begun], env=os.environ | {"PYTHONPATH": paths, "TMPDIR": str(scratch)},

@@ -8,7 +8,7 @@ import pytest
 from bench import roofline, tables
 from cramfast.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 GPU = {
     "device": "cpu", "threads": 16, "isa": "avx512", "torch": "2.11", "python": "3.12", "gpu": "card", "sm_mhz": "1980",

@@ -111,7 +111,7 @@ def test_a_damaged_key_is_named(tmp_path, key, value, named):
 FILL = """
 import resource, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from test_checkpoint import checkpoint, make, state
 optimizer = make()
 checkpoint.save(Path(sys.argv[1]), optimizer, state(1))
@@ -124,7 +124,8 @@ command(lambda: checkpoint.save(Path(sys.argv[1]), optimizer, state(2)))
 
 def test_a_disk_that_refuses(tmp_path):
     """A real failed write, by a limit on file size."""
-    arguments = [sys.executable, "-c", FILL, str(tmp_path), str(Path(__file__).parent)]
+    here = Path(__file__).resolve().parent
+    arguments = [sys.executable, "-c", FILL, str(tmp_path), str(here), str(here.parent)]
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr

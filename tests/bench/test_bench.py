@@ -16,7 +16,7 @@ from cramfast.errors import UserError
 from cramfast.kernels.cases import CASES, on_device
 from cramfast.runtime.stopwatch import COLD_BYTES, HEAD_START_S, Stopwatch, interleaved
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WRITE_S = 0.7e-3
 ROW = {"op": "attention", "shape": "S=854", "label": "all 128", "dtype": "bfloat16", "gpu": "card", "limit": "memory"}
 

@@ -11,7 +11,7 @@ from cramfast.evaluate.tasks import NUMBERS, TASKS, find_task
 from cramfast.hf.modelcard import with_scores
 from cramfast.pages.scoretable import ScoreTable
 
-DATA = Path(os.environ.get("CRAMFAST_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("CRAMFAST_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no such folder: {DATA} (CRAMFAST_TEST_DATA names it)")
 
 ROWS = {

@@ -23,7 +23,7 @@ from cramfast.runtime.distributed import Processes, Team
 from cramfast.session import checkpoint
 from cramfast.session.microbatch import Microbatch
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 HOST = ("seconds", "tokens_per_s", "mfu")
 
 

@@ -1,5 +1,6 @@
-"""The CUDA kernels on the emulator: the same rule as tests/test_ops.py at small sizes, for the code paths of sm_75 and
-sm_86. Compiled for a GPU elsewhere; what only a GPU can show is listed in csrc/emulator/machine.h."""
+"""The CUDA kernels on the emulator: the rule of tests/kernels/test_ops.py at small sizes, for sm_75 and sm_86.
+
+Compiled for a GPU elsewhere; what only a GPU can show is listed in csrc/emulator/machine.h."""
 
 import pytest
 import torch

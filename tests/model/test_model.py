@@ -11,7 +11,7 @@ from fake_loader import FakeSource
 from cramfast.config import ModelConfig
 from cramfast.errors import UserError
 from cramfast.kernels import reference
-from cramfast.model import encoder as model_module
+from cramfast.model import encoder
 from cramfast.model.encoder import Encoder, flops_per_token, positions
 from cramfast.optim.adamw import AdamW, FlatParameters
 from cramfast.recipes import PRESETS, starting_config
@@ -100,8 +100,8 @@ def test_equals_stock_modernbert(changes):
 def test_operators_equal_reference(changes, dtype, monkeypatch):
     """Loss and every gradient; in bfloat16 both paths round at each operator, 2^-8 at a time."""
     results = []
-    for operators in (model_module.kernels, reference):
-        monkeypatch.setattr(model_module, "kernels", operators)
+    for operators in (encoder.kernels, reference):
+        monkeypatch.setattr(encoder, "kernels", operators)
         model = small_model(norm_bias=True, global_every=2, window=8, **changes)
         flat = FlatParameters(model, dtype)
         loss = model.loss(batch())
@@ -116,7 +116,7 @@ def test_operators_equal_reference(changes, dtype, monkeypatch):
 
 def test_rows_that_are_not_predicted_change_nothing(monkeypatch):
     """Loss and every gradient are those of the whole sequence's hidden states, of which the masked rows are taken."""
-    monkeypatch.setattr(model_module, "kernels", reference)
+    monkeypatch.setattr(encoder, "kernels", reference)
     gradients = []
     for spared in (True, False):
         model, data = small_model().double(), batch()
@@ -199,7 +199,7 @@ def test_segments_are_aligned_and_matrices_come_first():
 def test_masked_token_gradient_is_summed_in_float32():
     """4096 equal rows would stop growing at 256 in bfloat16."""
     weight_VD = torch.zeros(8, 2, dtype=torch.bfloat16, requires_grad=True)
-    out = model_module.TokenLookup.apply(torch.full((4096,), 4, dtype=torch.int32), weight_VD)
+    out = encoder.TokenLookup.apply(torch.full((4096,), 4, dtype=torch.int32), weight_VD)
     out.backward(torch.ones_like(out))
     assert weight_VD.grad[4].tolist() == [4096, 4096]
     assert weight_VD.grad[5].tolist() == [0, 0]
@@ -207,7 +207,7 @@ def test_masked_token_gradient_is_summed_in_float32():
 
 def test_selected_rows_get_their_gradient():
     x_ND, index_M = torch.randn(6, 3, dtype=torch.float64, requires_grad=True), torch.tensor([4, 0, 5])
-    assert torch.autograd.gradcheck(lambda x: model_module.SelectRows.apply(x, index_M), x_ND)
+    assert torch.autograd.gradcheck(lambda x: encoder.SelectRows.apply(x, index_M), x_ND)
 
 
 def test_positions_restart_in_each_sequence():

@@ -27,7 +27,7 @@ from cramfast.model.encoder import Encoder, flops_per_token
 from cramfast.optim.muon import STACKED
 from cramfast.recipes import PRESETS, resolve
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "profiling.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "profiling.md"
 
 
 def cells(row: str) -> list[str]:

@@ -16,7 +16,7 @@ from cramfast.errors import UserError
 from cramfast.kernels import dispatch
 from cramfast.model.electra import Discriminator
 from cramfast.model.encoder import Encoder
-from cramfast.optim import adamw as optim
+from cramfast.optim import adamw
 from cramfast.optim.adamw import AdamW, FlatParameters, LossScale
 from cramfast.optim.make import OPTIMIZERS
 from cramfast.runtime.interrupt import Interrupt
@@ -198,15 +198,15 @@ def test_a_step_reads_nothing_on_the_host(monkeypatch, kind):
 
 
 def test_the_loss_scale_moves_by_the_hosts_rule():
-    """optim.LossScale on the device, train.advance in the record: the same values after every step."""
+    """adamw.LossScale on the device, train.advance in the record: the same values after every step."""
     scale, progress = LossScale(torch.float16, torch.device("cpu")), Progress(loss_scale=LossScale.START)
     chance = random.Random(0)
-    for _ in range(3 * optim.STEADY_STEPS):
+    for _ in range(3 * adamw.STEADY_STEPS):
         skipped = chance.random() < 0.0005
         scale.update(torch.tensor(float(skipped)))
         progress = train.advance(progress, (0, 0), 1, 1.0, 1.0, skipped, True)
         assert (scale.value.item(), scale.steady_steps.item()) == (progress.loss_scale, progress.steady_steps)
-    assert progress.skipped > 0 and progress.steady_steps != 3 * optim.STEADY_STEPS
+    assert progress.skipped > 0 and progress.steady_steps != 3 * adamw.STEADY_STEPS
 
 
 def test_float16_gradients_are_unscaled_and_an_overflow_halves_the_scale():

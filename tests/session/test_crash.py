@@ -9,7 +9,7 @@ from fake_loader import rows, same_bits, weights
 
 from cramfast.session import checkpoint
 
-WORKER = Path(__file__).parent / "crash_worker.py"
+WORKER = Path(__file__).resolve().parents[1] / "crash_worker.py"
 
 
 def work(folder: Path, what: str) -> dict:

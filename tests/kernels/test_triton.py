@@ -1,4 +1,4 @@
-"""Triton's kernels: the rule of tests/test_ops.py at small sizes, on a GPU compiled, elsewhere in Triton's interpreter.
+"""Triton's kernels: the rule of tests/kernels/test_ops.py at small sizes, compiled on a GPU, else in the interpreter.
 
 The interpreter (TRITON_INTERPRET=1, set in conftest.py) runs one program after another in numpy: it sees wrong indices,
 masks and formulas, not what the compiler and a GPU make of them.

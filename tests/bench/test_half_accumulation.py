@@ -9,7 +9,7 @@ from bench import half_accumulation
 from bench.half_accumulation import SYSTEMS, losses, product_in_half, train_by
 from cramfast.errors import UserError
 from cramfast.kernels import linear
-from cramfast.model import encoder as model
+from cramfast.model import encoder
 from cramfast.model.encoder import Encoder
 
 
@@ -42,9 +42,9 @@ def gradients_with(monkeypatch, system):
 
     def train_once(config, prepared, budget):
         torch.manual_seed(0)
-        encoder = Encoder(config.model)
-        encoder.loss(FakeSource(None, "train", sequence_len=16, batch_tokens=64, seed=0).batch(0, 0, 0.25)).backward()
-        found.update({name: p.grad for name, p in encoder.named_parameters()})
+        model = Encoder(config.model)
+        model.loss(FakeSource(None, "train", sequence_len=16, batch_tokens=64, seed=0).batch(0, 0, 0.25)).backward()
+        found.update({name: p.grad for name, p in model.named_parameters()})
 
     monkeypatch.setattr(half_accumulation, "train_once", train_once)
     train_by(system, small_config(), None, None)
@@ -52,9 +52,9 @@ def gradients_with(monkeypatch, system):
 
 
 def test_only_the_products_change_and_they_change_little(monkeypatch):
-    before = linear.product, linear.input_gradient, model.linear
+    before = linear.product, linear.input_gradient, encoder.linear
     plain, half, sums = (gradients_with(monkeypatch, system) for system in SYSTEMS)
-    assert (linear.product, linear.input_gradient, model.linear) == before
+    assert (linear.product, linear.input_gradient, encoder.linear) == before
     for other in (half, sums):
         errors = [float((other[name] - plain[name]).norm() / plain[name].norm()) for name in plain]
         assert 1e-5 < max(errors) < 0.02
