@@ -13,6 +13,7 @@ from cramfast.config import TrainConfig, config_hash, differing_key, flatten, re
 from cramfast.errors import UserError
 from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.runtime import distributed
+from cramfast.runtime.arguments import VOCABULARY, program, under_one_name
 from cramfast.session.runfolder import find_resumed, new_name
 
 
@@ -54,6 +55,7 @@ def parse(args: list[str] | None = None) -> Request:
     Raises:
         UserError: a value that cannot work, or a folder that does not fit.
     """
+    args = under_one_name(args, dict([VOCABULARY]))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--device", "--resume", "--replay", "--run-dir"):
         early.add_argument(flag, *({"--run_dir"} if flag == "--run-dir" else ()), nargs="?")
@@ -74,7 +76,7 @@ def parse(args: list[str] | None = None) -> Request:
         tyro.conf.configure(tyro.conf.FlagConversionOff)(Arguments),
         args=args,
         default=Arguments(config=default),
-        prog="python -m cramfast.train",
+        prog=program("train"),
     )
     config = located(resolve(arguments.config))
     if first.replay and (key := differing_key(read_config(source / "config.json"), config)):

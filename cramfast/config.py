@@ -25,7 +25,8 @@ class ModelConfig:
     """The encoder; every choice but `positions="sinusoidal"` and `first_norm` exists in stock ModernBERT."""
 
     vocab_size: int = 32768
-    """Entries of the vocabulary, a multiple of 64; a run has fewer where its text does not yield as many."""
+    """Entries of the vocabulary, a multiple of 64; fewer where the text does not yield as many. --vocab-size, its name
+    in cramfast.prepare, is taken too."""
     layers: int = 16
     """Number of Transformer layers."""
     width: int = 768

@@ -22,9 +22,10 @@ from cramfast.errors import command
 from cramfast.pages.numbers import short, span
 from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.runtime.allocator import keep_freed_memory
+from cramfast.runtime.arguments import VOCABULARY, program, under_one_name
 from cramfast.session.budget import Budget, parse_budget
 
-USABLE_MEMORY = 0.9  # of a device: the count came out 5 to 8 % below what steps took on a CPU (docs/log.md)
+USABLE_MEMORY = 0.9  # of a device: the count came out 5 to 8 % below what steps took on a CPU (docs/log)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def parse(args: list[str] | None = None) -> Arguments:
     Raises:
         UserError: a value that cannot work, or a card that is not in the table.
     """
+    args = under_one_name(args, dict([VOCABULARY]))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--device", "--gpu"):
         early.add_argument(flag)
@@ -73,7 +75,7 @@ def parse(args: list[str] | None = None) -> Arguments:
         tyro.conf.configure(tyro.conf.FlagConversionOff)(Arguments),
         args=args,
         default=Arguments(config=default),
-        prog="python -m cramfast.plan",
+        prog=program("plan"),
     )
     config = arguments.config
     require(config.objective == "mlm", f"a plan for --objective {config.objective}", "leave it out: it is not counted")
@@ -91,7 +93,7 @@ def parse(args: list[str] | None = None) -> Arguments:
 
 
 def fitting_microbatch(config: TrainConfig, card: Card, baseline: int) -> int:
-    """The recipe's microbatch, halved until the memory holds it, as training does (fit.py); at least one sequence."""
+    """The recipe's microbatch, halved until the memory holds it, as session/memory.py does; at least one sequence."""
     tokens, memory = config.microbatch_tokens, USABLE_MEMORY * card.memory_bytes
     while tokens // 2 >= config.sequence_len and footprint.training_bytes(config, tokens, baseline) > memory:
         tokens //= 2

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from cramfast.config import Curation, from_json
 from cramfast.errors import UserError, command
+from cramfast.runtime.arguments import VOCABULARY, program, under_one_name
 from cramfast.text import docstrings
 from cramfast.text.corpus import Corpus, Documents, find_files
 from cramfast.text.curation import Curator, summary
@@ -48,6 +49,7 @@ class Options:
     tokenizer: str = "wordpiece"
     """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), or a tokenizer.json."""
     vocab_size: int = 32768
+    """Entries of the vocabulary, a multiple of 64; --model.vocab-size, its name in cramfast.train, is taken too."""
     heldout_fraction: float = 0.01
     """Share of the documents kept out of training, chosen by a hash of their text; more of a small text."""
     documents: Documents = "blocks"
@@ -316,7 +318,9 @@ def main() -> None:
     from cramfast.runtime.progress import Stages
     from cramfast.text import report as text_report
 
-    options = tyro.cli(Options, prog="python -m cramfast.prepare", description=__doc__)
+    options = tyro.cli(
+        Options, args=under_one_name(None, dict([VOCABULARY[::-1]])), prog=program("prepare"), description=__doc__
+    )
     console = Console()
     plain = {"markup": False, "highlight": False, "soft_wrap": True}  # a folder's name may look like markup
     if options.verify is not None:
