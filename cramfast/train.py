@@ -219,7 +219,7 @@ def settle(
 def advance(
     before: Progress, position: tuple[int, int], tokens: int, flops: float, seconds: float, skipped: bool, scaled: bool
 ) -> Progress:
-    """Progress after one more step; with float16 (`scaled`) also the loss scale, which optim.LossScale has moved by
+    """Progress after one more step; with float16 (`scaled`) also the loss scale, which optim.adamw.LossScale moved by
     the same rule on the device."""
     after = replace(
         before, step=before.step + 1, tokens=before.tokens + tokens, flops=before.flops + flops,

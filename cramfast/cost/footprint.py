@@ -1,4 +1,4 @@
-"""How much memory a training step takes, counted from what optim.py, model.py and the operators keep."""
+"""How much memory a training step takes, counted from what optim, model and the operators keep."""
 
 import resource
 

@@ -147,7 +147,7 @@ def masked_tokens(config: TrainConfig, tokens: int) -> int:
 
 
 def microbatch_parts(config: TrainConfig, tokens: int) -> list[Part]:
-    """What one microbatch of `tokens` takes, forward and backward, in the order of model.py.
+    """What one microbatch of `tokens` takes, forward and backward, in the order of model/encoder.py.
 
     The sequences are a mixture of paragraphs (kernels.cases.ragged_lengths) up to sequence_len.
     """

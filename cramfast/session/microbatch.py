@@ -21,7 +21,7 @@ WARM_UPS = 2  # before a capture: compilers, autotuners and cuBLAS do their firs
 
 
 class Microbatch:
-    """Adds a batch's loss to `loss_sum` and its scaled gradient to the flat buffer (hooks in optim.py gather it).
+    """Adds a batch's loss to `loss_sum` and its scaled gradient to the flat buffer (hooks in optim/flat.py gather it).
 
     Args:
         model, optimizer: what is trained.
