@@ -21,6 +21,7 @@ import cramfast.kernels
 from cramfast.errors import UserError, command
 from cramfast.kernels import dispatch, extension, reference
 from cramfast.kernels.cases import CASES, Case, Inputs
+from cramfast.runtime.arguments import program
 from cramfast.session import kernelchoice
 
 PACKAGES = (
@@ -264,7 +265,7 @@ def main() -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    arguments = tyro.cli(Arguments, prog="python -m cramfast.doctor")
+    arguments = tyro.cli(Arguments, prog=program("doctor"))
     device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU — leave --device out to see what is missing")

@@ -8,6 +8,7 @@ from pathlib import Path
 from cramfast.errors import command
 from cramfast.pages.charts import TWO, Line, chart, stretch
 from cramfast.pages.page import document, figure, flat, table, tile, write_page
+from cramfast.runtime.arguments import program
 from cramfast.session.record import Record, read_record
 from cramfast.session.summary import manifest_rows, tiles
 from cramfast.text import report as text_report
@@ -211,7 +212,7 @@ def main() -> None:
     from rich.console import Console
 
     form = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments)
-    folder = tyro.cli(form, prog="python -m cramfast.report").folder
+    folder = tyro.cli(form, prog=program("report")).folder
     path = text_report.write_report(folder) if (folder / "train.ids").exists() else write_report(folder)
     size = f"{path.stat().st_size / 1e3:.0f} kB"
     Console(soft_wrap=True, highlight=False, markup=False).print(f"report: {path} ({size})")
