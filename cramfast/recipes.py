@@ -74,7 +74,7 @@ def crammed_bert(device: str) -> TrainConfig:
 
 
 def cramfast(size: TrainConfig) -> TrainConfig:
-    """The best that the ablations in docs/log.md support: so far no option beats the preset as it stands for long."""
+    """The best that the ablations in docs/log support: so far no option beats the preset as it stands for long."""
     return replace(size, recipe="cramfast")
 
 

@@ -13,7 +13,7 @@ from cramfast.session.record import Record, read_record
 from cramfast.session.summary import manifest_rows, tiles
 from cramfast.text import report as text_report
 
-SUSPICIOUS_MFU = 0.9  # matmuls take 70 to 80 % of a step's time (docs/log.md)
+SUSPICIOUS_MFU = 0.9  # matmuls take 70 to 80 % of a step's time (docs/log)
 
 
 def write_report(run_dir: Path) -> Path:
