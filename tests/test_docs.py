@@ -1,9 +1,16 @@
 """What the docs name exists: files, links and their headings; and the log's index is complete."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from cramfast.__main__ import COMMANDS
+from cramfast.commandline import Arguments
+from cramfast.config import TrainConfig, flatten
+from cramfast.prepare import Options
+from cramfast.runtime.arguments import VOCABULARY
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -42,6 +49,22 @@ def test_links_lead_somewhere(page):
         assert there.exists(), f"{name_of(page)} links to {target}"
         if heading:
             assert heading in map(anchor, headings(there)), f"{name_of(page)} links to {target}#{heading}"
+
+
+def flags(*keys: str) -> set[str]:
+    return {f"--{key.replace('_', '-')}" for key in keys}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_and_their_options_exist(page):
+    own = [field.name for field in fields(Arguments) if field.name != "config"]
+    known = {"train": flags(*flatten(TrainConfig()), *own), "prepare": flags(*flatten(Options()))}
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, words in re.findall(r"(?m)(?:^|`)(?:python -m )?cramfast[. ]([a-z]\w*)([^`\n]*)", text):
+        assert name in COMMANDS or name == "kernels", f"{name_of(page)}: cramfast {name}"
+        options = set(re.findall(r"(?<= )--[a-z][\w.-]*", words.partition("#")[0]))
+        missing = options - known.get(name, options) - set(VOCABULARY)
+        assert not missing, f"{name_of(page)}: cramfast {name} {missing}"
 
 
 @pytest.mark.parametrize("page", PAGES + SOURCES, ids=name_of)
