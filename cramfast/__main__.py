@@ -64,6 +64,7 @@ def main() -> None:
     front = "python -m cramfast" if Path(sys.argv[0]).name == "__main__.py" else "cramfast"
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as after `| head`
         print(usage(front))
         return
     if name == "--version":

@@ -1,12 +1,14 @@
 """One kind of error for everything a user can mend: one line that names the place and the remedy."""
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
 
 INTERRUPTED = 130  # exit status: 128 and the number of SIGINT, as shells have it
+UNREAD = 128 + signal.SIGPIPE
 
 
 class UserError(Exception):
@@ -16,8 +18,9 @@ class UserError(Exception):
 def command(main: Callable[[], None]) -> None:
     """Run a command line; a UserError becomes one red line and exit status 2, never a traceback.
 
-    SIGTERM ends it as Ctrl-C does: by an exception, so that half-written files are removed. File names that are no
-    Unicode are printed with escapes in place of what cannot be encoded.
+    SIGTERM ends it as Ctrl-C does: by an exception, so that half-written files are removed. Output that nobody reads
+    any more, as after `| head`, ends it without a word. File names that are no Unicode are printed with escapes in
+    place of what cannot be encoded.
     """
     sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -26,13 +29,28 @@ def command(main: Callable[[], None]) -> None:
     from rich.markup import escape
 
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("[yellow]interrupted[/]")
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        if not reader_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+        sys.exit(UNREAD)
+
+
+def reader_left() -> bool:
+    """Whether whoever read our output is gone, as after `| head`."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def leave_at_once(number: int, frame: FrameType | None) -> None:

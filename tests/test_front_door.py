@@ -40,6 +40,25 @@ def test_help_names_every_command_with_one_line(words):
     assert all(len(line) <= 120 for line in result.stdout.splitlines())
 
 
+@pytest.mark.parametrize("words", [["--help"], ["prepare", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_that_is_not_read_to_its_end_ends_quietly(words, unbuffered):
+    """As in `cramfast --help | head -1`; the reader is gone before the first word."""
+    command = [sys.executable, "-m", "cramfast", *words]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode in (-signal.SIGPIPE, 128 + signal.SIGPIPE)
+
+
+def test_another_broken_pipe_is_no_silence():
+    code = "import os\nfrom cramfast.errors import command\nr, w = os.pipe()\nos.close(r)\n"
+    code += "command(lambda: os.write(w, b'x'))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "BrokenPipeError" in result.stderr
+
+
 @pytest.mark.parametrize("word", ["--help", "--version"])
 def test_help_imports_nothing_heavy(word):
     code = f"import sys; sys.argv[1:] = [{word!r}]\n{SCRIPT}\nprint(sorted(set(sys.modules) & set({HEAVY!r})))"
