@@ -9,6 +9,7 @@ from tiny_run import SENTENCES, make_run, tiny_config
 
 from cramfast.errors import UserError
 from cramfast.evaluate import blimp, checkpoints, examples, glue, jobs, owntask, perplexity
+from cramfast.evaluate.finetune import Protocol
 from cramfast.evaluate.tasks import TASKS
 from cramfast.export import export
 
@@ -179,7 +180,7 @@ def test_a_mean_of_some_tasks_is_called_partial(tmp_path):
             for task in tasks
         }  # fmt: skip
         entries[names[0]]["seeds"] = [0]
-        return glue.glue_table(model, "cramming", entries)
+        return glue.glue_table(model, "cramming", entries, Protocol())
 
     some, every = shown("cola", "mnli"), shown(*TASKS)
     assert some.rows[-1][:3] == ["partial mean, 3 of the 9 numbers", "", "60.00"]
