@@ -29,6 +29,7 @@ def glue_table(model: Checkpoint, name: str, stored: dict[str, dict], protocol: 
         for entry in stored.values()
         if not entry["remark"]
         for scores in entry["scores"].values()
+        if None not in scores
     ]
     rows = table_rows(stored)
     notes = ["Development sets; points; score after the last epoch; the mean is that of the medians."]

@@ -1,5 +1,6 @@
 """One task fine-tuned with several seeds: the fits, their scores as JSON values, and the table's rows."""
 
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -47,7 +48,9 @@ class Job:
         return f"f1 of {self.classes[self.positive]}" if len(self.classes) == 2 else "macro f1"
 
     def score(self, truth: list[float], predicted: list[float]) -> float:
-        """The metric of one development set."""
+        """The metric of one development set; NaN where a prediction is not finite."""
+        if not all(map(math.isfinite, predicted)):
+            return math.nan
         if self.metric == "f1":
             return f1(truth, predicted, self.positive if len(self.classes) == 2 else None)
         return METRICS[self.metric](truth, predicted)
@@ -97,7 +100,7 @@ def run(
     found = []
     for (row, part), predicted in zip(job.dev.items(), done.predictions, strict=True):
         score = job.score(part.labels.tolist(), predicted.tolist())
-        entry["scores"][row].append(score)
+        entry["scores"][row].append(score if math.isfinite(score) else None)
         found.append(f"{row} {job.shown_metric} {100 * score:.2f}")
         if job.keeps_predictions:
             entry["predictions"][row].append(predicted.tolist())
@@ -130,12 +133,13 @@ def table_rows(stored: dict[str, dict]) -> list[list[str]]:
     rows = []
     for entry in stored.values():
         for row, scores in entry["scores"].items():
-            points = [100 * score for score in scores]
+            points = [100 * score for score in scores if score is not None]
             spread = f"{statistics.stdev(points):.2f}" if len(points) > 1 else "–"
-            figures = [statistics.median(points), min(points), max(points)]
+            figures = [f"{of(points):.2f}" if points else "–" for of in (statistics.median, min, max)]
             data = entry["remark"] or "official"
             if entry["left_out_rows"]:
                 data += f", {entry['left_out_rows']:,} rows left out"
-            metric = entry.get("shown_metric", entry["metric"])
-            rows.append([row, metric, *(f"{v:.2f}" for v in figures), spread, str(len(points)), data])
+            if lost := len(scores) - len(points):
+                data += f", {lost} more {'seed' if lost == 1 else 'seeds'} without a finite prediction"
+            rows.append([row, entry.get("shown_metric", entry["metric"]), *figures, spread, str(len(points)), data])
     return rows

@@ -9,6 +9,7 @@ from cramfast.pages.charts import tick
 from cramfast.scaling.fit import COUNTS, laws_of
 from cramfast.scaling.optimum import Cost, budget_name
 from cramfast.scaling.shift import shifts, stable_part
+from cramfast.session.record import number
 
 RED, BLUE, GREY = "#c4500c", "#1f6feb", "#636c76"
 DISTINCT = (BLUE, "#1a7f37", RED, "#8250df", GREY)
@@ -57,10 +58,10 @@ def loss_curves(rows: list[dict]) -> Figure:
     panels = figure.subplots(1, 3, sharey=True)
     for axes, (key, label) in zip(panels, AXES, strict=True):
         for row in rows:
-            x, y = np.array(row["heldout"][key]), np.array(row["heldout"]["loss"])
+            x, y = (np.array(row["heldout"][column], float) for column in (key, "loss"))
             kept = x > 0  # the evaluation before the first step has no place on a logarithmic axis
             axes.plot(x[kept], y[kept], "-", color=colour[row["shape"]], linewidth=0.8, alpha=0.45)
-            axes.plot(row[key], row["loss"], "o", color=colour[row["shape"]], markersize=4.5, markeredgewidth=0)
+            axes.plot(row[key], number(row["loss"]), "o", color=colour[row["shape"]], markersize=4.5, markeredgewidth=0)
         prepare(axes, label, "held-out loss, nats per masked token" if axes is panels[0] else "")
     size = {row["shape"]: row["parameters"] for row in rows}
     for shape, tint in colour.items():
