@@ -81,11 +81,11 @@ def collapse(rows: list[dict]) -> Figure | None:
     factors = {s.shape: s.factor for s in found} | {s.reference: 1.0 for s in found}
     budget = {shape: max(r["budget_tokens"] for r in rows if r["shape"] == shape) for shape in factors}
     common = min(budget.values())
-    for number, (shape, factor) in enumerate(factors.items()):
+    for place, (shape, factor) in enumerate(factors.items()):
         label = f"{shape.replace('x', ' × ')}: {factor:.3f}"
         for row in (r for r in rows if r["shape"] == shape and r["budget_tokens"] == common):
             x, y = stable_part(row)
-            tint = DISTINCT[number % len(DISTINCT)]
+            tint = DISTINCT[place % len(DISTINCT)]
             look = {"color": tint, "linewidth": 1.0, "alpha": 0.7, "marker": ".", "markersize": 4}
             left.plot(np.exp(x), y, **look)
             right.plot(np.exp(x) / factor, y, **look, label=label)
@@ -136,9 +136,9 @@ def sizes_for_budget(found: dict) -> Figure:
     N = np.geomspace(cost.N[0], 4 * cost.N[-1], 200)
     figure = Figure(figsize=(9.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for number, row in enumerate(found["advice"]["hours"]):
+    for place, row in enumerate(found["advice"]["hours"]):
         loss, inside = law.loss(N, 3600 * row["budget"] / cost.at(N)), cost.N[-1] >= N
-        tint = DISTINCT[number % len(DISTINCT)]
+        tint = DISTINCT[place % len(DISTINCT)]
         axes.plot(N[inside], loss[inside], color=tint, label=budget_name(row["budget"]))
         axes.plot(N[~inside], loss[~inside], "--", color=tint, linewidth=1)
         axes.plot(row["N"], row["loss"], "o", color=tint)
