@@ -151,7 +151,8 @@ def present(run_dir: Path) -> None:
     print(
         f"\nheld-out loss {before:.3f} -> {after:.3f} nats per masked token (unigram entropy "
         f"{record.unigram_entropy:.3f}), {record.middle('tokens_per_s'):,.0f} tokens/s, "
-        f"MFU {record.middle('mfu'):.0%}, {record.last('tokens'):,.0f} tokens in {span(record.last('seconds'))}"
+        f"MFU {record.middle('mfu'):.0%}{record.mfu_mark}, "
+        f"{record.last('tokens'):,.0f} tokens in {span(record.last('seconds'))}"
     )
     print(partly_read(record), end="")
     print(f"{'run folder':<20} {run_dir}\n{'report':<20} {page}")

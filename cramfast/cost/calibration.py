@@ -35,14 +35,14 @@ class Efficiency:
 def machine_at_hand(device: str, dtype: torch.dtype) -> Card:
     """The machine as a card: its rates measured now, in a second or two."""
     there = torch.device(device)
-    matmul, bandwidth = measure_matmul_peak(dtype, there), measure_copy_bandwidth(device)
+    matmul, bandwidth = measure_matmul_peak(dtype, there).flops, measure_copy_bandwidth(device)
     source = "measured now: copy of a large buffer, large square matmul"
     if device == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Card(cpu_name(), bandwidth, matmul, matmul, memory, None, source)
     properties = torch.cuda.get_device_properties(there)
     capability = (properties.major, properties.minor)
-    plain = measure_matmul_peak(torch.float32, there)
+    plain = measure_matmul_peak(torch.float32, there).flops
     return Card(properties.name, bandwidth, matmul, plain, properties.total_memory, capability, source)
 
 

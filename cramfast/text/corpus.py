@@ -174,8 +174,11 @@ def _readable(path: Path) -> Iterator[None]:
         ) from None
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path, newline: str | None = None) -> Iterator[tuple[int, str]]:
     """(line number, text with its line end) of a plain or compressed text file, in pieces of LONGEST_PIECE at most.
+
+    Args:
+        newline: as open() takes it; None: a lone carriage return ends a line too.
 
     Raises:
         UserError: a missing, damaged or undecodable file; the message names the place.
@@ -183,7 +186,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     number, rest = 1, ""
     with _readable(path):
         try:
-            with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="strict", newline=None) as text:
+            with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="strict", newline=newline) as text:
                 while more := text.read(READ_AT_ONCE):
                     *lines, rest = (rest + more).split("\n")
                     for line in lines:

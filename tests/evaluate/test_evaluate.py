@@ -315,6 +315,14 @@ def test_own_task(tmp_path, run, monkeypatch, capsys):
     out = command(monkeypatch, capsys, *words, "--metric", "f1", "--lr", "2e-3", "--dtype", "float32", "--seeds", 1)
     stored = json.loads((tmp_path / "o.json").read_text())
     assert stored["settings"]["classes"] == ["calm", "wild"] and stored["tasks"]["mood"]["scores"]["mood"][0] > 0.8
+    counts = [sum(line.endswith(name) for line in lines) for name in ("calm", "wild")]
+    assert [c["train"] for c in stored["tasks"]["mood"]["classes"].values()] == counts
+    assert stored["settings"]["max_len"] == 128 and stored["tasks"]["mood"]["shown_metric"] == "f1 of wild"
+    assert f"class 0 'calm': {counts[0]} in train, " in out and "f1 of wild" in out
+    calm = command(monkeypatch, capsys, *words, "--metric", "f1", "--positive", "calm", "--seeds", 1, "--epochs", 1)
+    assert "f1 of calm" in calm
+    with pytest.raises(UserError, match=r"positive='sad' is not possible — give it with --metric f1 and one of two"):
+        command(monkeypatch, capsys, *words, "--metric", "f1", "--positive", "sad")
     assert "own task" in out and not (run / "evaluations").exists()
     with pytest.raises(UserError, match=r"max_len=129 is not possible — use 128 or less"):
         command(monkeypatch, capsys, *words, "--metric", "f1", "--max-len", 129)
