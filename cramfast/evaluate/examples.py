@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from cramfast.errors import UserError
 from cramfast.evaluate.tasks import Split, Task
-from cramfast.text.corpus import COMPRESSIONS, read_lines
+from cramfast.text.compressed import COMPRESSIONS
+from cramfast.text.lines import read_lines
 
 Row = TypeVar("Row")
 HUB = "hf:"  # before the name of a dataset, where a folder could stand
