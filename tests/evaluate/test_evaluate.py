@@ -192,15 +192,13 @@ def test_special_tokens_written_in_a_text_are_text(run):
 
 
 def test_perplexity_reads_as_training_does_and_says_what_it_left_out(tmp_path, run, monkeypatch, capsys):
+    words = ("perplexity", run, "--threads", 1, "--dtype", "float32", "--out", tmp_path / "out.json", "--data")
     (tmp_path / "a.train").write_bytes("\n".join(f"Größe {text}" for text in SENTENCES).encode("latin-1") + b"\n")
-    flags = ("--format", "text", "--encoding", "latin-1", "--documents", "lines", "--threads", 1, "--dtype", "float32")
-    out = command(monkeypatch, capsys, "perplexity", run, "--data", tmp_path / "a.train", *flags)
-    assert "nats/character" in out
+    flags = ("--format", "text", "--encoding", "latin-1", "--documents", "lines")
+    assert "nats/character" in command(monkeypatch, capsys, *words, tmp_path / "a.train", *flags)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES) + "no row\n")
-    flags = ("--skip-malformed", 1, "--threads", 1, "--dtype", "float32")
-    monkeypatch.setattr(
-        sys, "argv", ["evaluate", "perplexity", str(run), "--data", str(tmp_path / "b.jsonl"), *map(str, flags)]
-    )
+    arguments = map(str, ("evaluate", *words, tmp_path / "b.jsonl", "--skip-malformed", 1))
+    monkeypatch.setattr(sys, "argv", list(arguments))
     commandline.main()
     assert "note: " in (said := capsys.readouterr().err) and "1 malformed rows left out" in said
     with pytest.raises(UserError, match="skip_malformed=-1 is not possible"):
