@@ -15,6 +15,7 @@ from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.runtime import distributed
 from cramfast.runtime.arguments import VOCABULARY, program, under_one_name
 from cramfast.session.runfolder import find_resumed, new_name
+from cramfast.text import hub
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def parse(args: list[str] | None = None) -> Request:
 
 def located(config: TrainConfig) -> TrainConfig:
     """The config with absolute paths to text, tokenizer and probe, which mean the same wherever the run is resumed."""
-    data = (source if source.startswith("hf:") else os.path.abspath(source) for source in config.data)
+    data = (hub.located(source) if hub.is_hub(source) else os.path.abspath(source) for source in config.data)
     trained = config.tokenizer in ("wordpiece", "bpe")
     tokenizer = config.tokenizer if trained else os.path.abspath(config.tokenizer)
     probe_data = config.probe_data and os.path.abspath(config.probe_data)

@@ -1,6 +1,7 @@
 """One kind of error for everything a user can mend: one line that names the place and the remedy."""
 
 import os
+import re
 import select
 import signal
 import sys
@@ -11,8 +12,23 @@ INTERRUPTED = 130  # exit status: 128 and the number of SIGINT, as shells have i
 UNREAD = 128 + signal.SIGPIPE
 
 
+# What a terminal obeys in place of showing it: C0 and C1 controls but line ends and tabs, and marks that reverse the
+# order of what is read (Boucher and Anderson, arXiv:2111.00169).
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
 class UserError(Exception):
     """Bad input, a damaged file, a full disk: the message names the file, line or key, and the remedy."""
+
+
+def printable(text: str) -> str:
+    """The text with an escape, as \\x1b, for each character that a terminal would obey."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def note(text: str) -> None:
+    """Say something that a user should know of, in one line of stderr."""
+    print(f"note: {printable(' '.join(text.split()))}", file=sys.stderr)
 
 
 def command(main: Callable[[], None]) -> None:
@@ -34,7 +50,9 @@ def command(main: Callable[[], None]) -> None:
         finally:
             sys.stdout.flush()
     except UserError as error:
-        Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            "[bold red]error:[/]", escape(printable(str(error))), highlight=False, soft_wrap=True
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("[yellow]interrupted[/]")

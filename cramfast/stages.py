@@ -71,7 +71,7 @@ def as_prepared(request: Request) -> TrainConfig:
     if len(config.data) != 1 or not is_prepared(folder := Path(config.data[0])):
         return config
     manifest = read_manifest(folder)
-    keys = ("tokenizer", "heldout_fraction", "documents", "text_key")
+    keys = ("tokenizer", "heldout_fraction", "documents", "text_key", "format", "encoding", "skip_malformed")
     told = {key: manifest[key] for key in keys if key in manifest}
     if not request.resuming:  # a run that recorded another curation, as older ones do, keeps its record
         prepare.check_curation(folder, config.curation, request.curation_flags)
@@ -99,6 +99,9 @@ def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
             heldout_fraction=config.heldout_fraction,
             documents=config.documents,
             text_key=config.text_key,
+            format=config.format,
+            encoding=config.encoding,
+            skip_malformed=config.skip_malformed,
             curation=config.curation,
             progress=stages,
         )

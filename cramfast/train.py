@@ -106,10 +106,10 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
             tokens, flops, stopped = accumulate(share, microbatch, interrupt, team)
             if stopped:
                 break  # an unfinished update is dropped; a resumed run makes it again, from the same microbatches
-            loss_sum = team.total(microbatch.loss_sum)
-            optimizer.step(lr, loss_sum, microbatches)
+            loss_sum, weight = team.total(torch.stack([microbatch.loss_sum, microbatch.weight]))
+            optimizer.step(lr, loss_sum, weight)
             settings = {"fraction": fraction, "microbatches": microbatches, "lr": lr}
-            ledger.add(Step(feed.position, tokens, flops, settings), loss_sum, optimizer.verdict)
+            ledger.add(Step(feed.position, tokens, flops, settings), loss_sum / weight, optimizer.verdict)
             if not ledger.due(budget, progress):
                 continue  # nothing so far has waited for the GPU, which works through what was enqueued
             progress, row = settle(ledger, progress, log, run, previous)
@@ -143,7 +143,7 @@ def accumulate(
         torch.OutOfMemoryError: in all processes, where the memory of one is too small.
     """
     tokens, flops, full = 0, 0.0, False
-    microbatch.loss_sum.zero_()
+    microbatch.clear()
     try:
         for batch, batch_flops, last in share:
             if interrupt.requested:
@@ -206,7 +206,7 @@ def settle(
         progress = advance(progress, step.position, step.tokens, step.flops, figures.seconds, figures.skipped, scaled)
         row = {
             "step": progress.step, "tokens": progress.tokens, "flops": progress.flops, "seconds": progress.seconds,
-            **step.settings, "loss": figures.loss_sum / step.settings["microbatches"],
+            **step.settings, "loss": figures.loss,
             "grad_norm": figures.grad_norm, "skipped": int(figures.skipped),
             "tokens_per_s": step.tokens / figures.seconds,
             "mfu": step.flops / figures.seconds / run["matmul_peak_flops"],

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from cramfast.errors import UserError
 from cramfast.evaluate.tasks import Split, Task
-from cramfast.text.corpus import COMPRESSIONS, LONGEST_PIECE, read_lines
+from cramfast.text.compressed import COMPRESSIONS
+from cramfast.text.lines import LONGEST_PIECE, read_lines
 
 Row = TypeVar("Row")
 HUB = "hf:"  # before the name of a dataset, where a folder could stand

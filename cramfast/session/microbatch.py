@@ -23,18 +23,22 @@ WARM_UPS = 2  # before a capture: compilers, autotuners and cuBLAS do their firs
 class Microbatch:
     """Adds a batch's loss to `loss_sum` and its scaled gradient to the flat buffer (hooks in optim/flat.py gather it).
 
+    Both are times the share of the batch's rows that have a target: divided by `weight` they are means over the targets
+    of an update, each of which counts alike, also those of an epoch's last microbatch, which is short.
+
     Args:
         model, optimizer: what is trained.
         clock: stands still while a graph is captured.
         capture: turns work on fixed buffers into its replay: capture_graph, or None to run op by op.
 
     Attributes:
-        loss_sum: 0-d float32; whoever reads it sets it to zero for the next update.
+        loss_sum: 0-d float32, of the mean losses times their weights.
+        weight: 0-d float32, of the microbatches since clear(): 1 for one whose every row has a target.
     """
 
     def __init__(self, model: Encoder, optimizer: AdamW, clock: Clock, capture: Callable[[Work], Work] | None = None):
         self.model, self.optimizer, self.clock, self.capture = model, optimizer, clock, capture
-        self.loss_sum = torch.zeros((), device=optimizer.flat.grad.device)
+        self.loss_sum, self.weight = torch.zeros(2, device=optimizer.flat.grad.device)
         self.inputs: Batch | None = None  # the graph's own: a replay reads where the capture read
         self.replay: Work | None = None
 
@@ -61,12 +65,19 @@ class Microbatch:
         with Range("microbatch"):
             self.replay()
 
+    def clear(self) -> None:
+        """Begin an update."""
+        self.loss_sum.zero_()
+        self.weight.zero_()
+
     def forward_backward(self, batch: Batch) -> None:
         with Range("forward"):
             loss = self.model.loss(batch)
-            self.loss_sum += loss.detach()
+            weight = (batch.target_M >= 0).float().mean()  # M is the same in every microbatch of an update
+            self.loss_sum += weight * loss.detach()
+            self.weight += weight
         with Range("backward"):
-            loss.backward(self.optimizer.loss_scale.value)
+            loss.backward(weight * self.optimizer.loss_scale.value)
 
     def record(self, batch: Batch) -> None:
         """Capture for these shapes. They change between two updates only, with the share of masked tokens, so the
@@ -74,7 +85,7 @@ class Microbatch:
         self.inputs = self.replay = None  # gives the old graph's memory back before the new one takes its own
         self.inputs = replace(batch, **{name: tensor.clone() for name, tensor in tensors_of(batch).items()})
         self.replay = self.capture(partial(self.forward_backward, self.inputs))
-        self.loss_sum.zero_()
+        self.clear()
         self.optimizer.flat.grad.zero_()
 
 

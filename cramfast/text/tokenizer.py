@@ -177,12 +177,17 @@ def _finish(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     missing = -tokenizer.get_vocab_size() % VOCAB_MULTIPLE
     tokenizer.add_special_tokens([f"[unused{i}]" for i in range(missing)])
-    tokenizer.post_processor = processors.TemplateProcessing(
+    tokenizer.post_processor = framing()
+    return tokenizer
+
+
+def framing() -> processors.PostProcessor:
+    """[CLS] A [SEP], and [CLS] A [SEP] B [SEP] of a pair."""
+    return processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)],
     )
-    return tokenizer
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -176,6 +176,35 @@ def test_whole_words_are_hidden_whole(model):
         assert hidden == "".join(text.split(" ")[word] for word in sorted(words))
 
 
+def test_special_tokens_written_in_a_text_are_text(run):
+    texts = ["the cat [MASK] sat [SEP] on [PAD] the [CLS] mat [UNK] " * 20] * 10
+    models = [checkpoints.load(run)]
+    models.append(
+        checkpoints.Checkpoint(run, "other", models[0].encoder, checkpoints.quiet(other_tokenizer()), None, None)
+    )
+    for model in models:
+        targets, spans = [], []
+        for encoding, chosen, text in perplexity.hide(model, texts, perplexity.Masks(fraction=0.3)):
+            targets += np.array(encoding.ids)[chosen].tolist()
+            spans.append(text)
+        assert len(targets) > 100 and min(targets) >= 5
+        assert "M" in "".join(spans) or "mask" in "".join(spans).lower()
+
+
+def test_perplexity_reads_as_training_does_and_says_what_it_left_out(tmp_path, run, monkeypatch, capsys):
+    words = ("perplexity", run, "--threads", 1, "--dtype", "float32", "--out", tmp_path / "out.json", "--data")
+    (tmp_path / "a.train").write_bytes("\n".join(f"Größe {text}" for text in SENTENCES).encode("latin-1") + b"\n")
+    flags = ("--format", "text", "--encoding", "latin-1", "--documents", "lines")
+    assert "nats/character" in command(monkeypatch, capsys, *words, tmp_path / "a.train", *flags)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES) + "no row\n")
+    arguments = map(str, ("evaluate", *words, tmp_path / "b.jsonl", "--skip-malformed", 1))
+    monkeypatch.setattr(sys, "argv", list(arguments))
+    commandline.main()
+    assert "note: " in (said := capsys.readouterr().err) and "1 malformed rows left out" in said
+    with pytest.raises(UserError, match="skip_malformed=-1 is not possible"):
+        perplexity.Arguments((run,), (str(tmp_path / "b.jsonl"),), skip_malformed=-1).run(None)
+
+
 def test_perplexity_refuses(model):
     with pytest.raises(UserError, match="takes 128 tokens"):
         perplexity.measure(model, SENTENCES, perplexity.Masks(sequence_len=200))

@@ -102,7 +102,7 @@ def test_a_lone_carriage_return_ends_no_row(tmp_path):
 
 
 def test_a_row_beyond_a_piece_is_refused_not_split(tmp_path, monkeypatch):
-    monkeypatch.setattr("cramfast.text.corpus.LONGEST_PIECE", 20)
+    monkeypatch.setattr("cramfast.text.lines.LONGEST_PIECE", 20)
     rows = "text\tmood\n" + "a\tpos\nb\tneg\nword word\tpos word\tpos\n"
     with pytest.raises(UserError, match=r"train\.tsv:4: a row of more than"):
         own_pair(tmp_path, rows, rows, skip=True)

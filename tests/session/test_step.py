@@ -53,6 +53,32 @@ def model_and_optimizer(
     return model, kind(FlatParameters(model, dtype), **(options | changes))
 
 
+# What an update weighs
+
+
+@pytest.mark.parametrize("encoder", [Encoder, Discriminator])
+def test_every_target_of_an_update_weighs_the_same(encoder):
+    """The update of a whole microbatch and the short one that ends an epoch is that of all their targets."""
+    whole = random_batch()
+    short = dataclasses.replace(whole, target_M=whole.target_M.where(torch.arange(len(whole.target_M)) < 3, -100))
+    model, optimizer = model_and_optimizer(encoder=encoder)
+    passes, counts = Microbatch(model, optimizer, Clock(torch.device("cpu"))), []
+    for batch in (whole, short, whole):
+        passes.run(batch)
+        counts.append(int((batch.target_M >= 0).sum()))
+    assert counts[1] == 3 < counts[0] == len(whole.target_M)
+    assert passes.weight.item() == pytest.approx(2 + 3 / counts[0])
+    alone, plain = model_and_optimizer(encoder=encoder)
+    parts = [
+        count / sum(counts) * alone.loss(batch) for batch, count in zip((whole, short, whole), counts, strict=True)
+    ]
+    torch.stack(parts).sum().backward()
+    assert (passes.loss_sum / passes.weight).item() == pytest.approx(sum(parts).item(), rel=1e-6)
+    torch.testing.assert_close(optimizer.flat.grad / passes.weight, plain.flat.grad, rtol=1e-5, atol=1e-7)
+    passes.clear()
+    assert passes.weight.item() == passes.loss_sum.item() == 0
+
+
 # Figures read late
 
 

@@ -21,11 +21,12 @@ from cramfast.errors import UserError, command
 from cramfast.prepare import prepare
 from cramfast.runtime.progress import Stages
 from cramfast.session.runfolder import COPIED
-from cramfast.text import corpus, splits
+from cramfast.text import lines, splits
 from cramfast.text.corpus import Corpus
 from cramfast.text.curation import Curator
+from cramfast.text.files import find_files
 from cramfast.text.prepared import PreparedText, read_manifest, verify
-from cramfast.text.survey import Survey, fraction
+from cramfast.text.survey import Survey, digest
 from cramfast.text.tokenizer import UNK
 
 CORPUS = Path(__file__).resolve().parents[3] / "shared" / "data" / "corpus" / "small.txt.xz"
@@ -104,9 +105,11 @@ def test_heldout_documents_are_chosen_by_their_text(tmp_path):
 def test_a_byte_of_the_hash_puts_every_document_on_its_side(tmp_path):
     documents = Corpus((write_text(tmp_path / "a.txt", 3000),))
     survey = Survey(documents, Curator(Curation()), 0, 0.3, lambda *progress: None)
-    assert survey.heldout_below == 0.3
-    sides = [survey.is_heldout(index, text) for index, text in enumerate(documents)]
-    assert sides == [fraction(text, 0, b"heldout") < 0.3 for text in documents]
+    assert survey.unit == 0 and {-1, 0, 1} == set(survey.groups)
+    parts = [survey.parts(index, text) for index, text in enumerate(documents)]
+    assert parts == [[(survey.heldout[digest(text, 0) >> 48], text)] for text in documents]
+    held = sum(len(text) for ((heldout, text),) in parts if heldout)
+    assert 0.3 <= held / survey.characters < 0.301
 
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.9999])
@@ -159,7 +162,8 @@ def test_text_in_another_script_is_not_lost_in_silence(tmp_path, capsys):
         return str(path)
 
     latin, russian = "An english paragraph of some words", "Это русский текст"
-    assert prepare((text(latin),), tmp_path / "latin", **OPTIONS) and capsys.readouterr().err == ""
+    assert prepare((text(latin),), tmp_path / "latin", **OPTIONS)
+    assert "no token" not in capsys.readouterr().err
     with pytest.raises(UserError, match=r"a\.txt: 8.% of the characters have no token in wordpiece — --tokenizer bpe"):
         prepare((text(russian),), tmp_path / "russian", **OPTIONS)
     chinese = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(300)) + "。"
@@ -173,7 +177,7 @@ def test_text_in_another_script_is_not_lost_in_silence(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_a_genome_of_one_line_is_cut_into_documents_and_none_of_it_is_lost(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(corpus, "LONGEST_PIECE", 20_000)
+    monkeypatch.setattr(lines, "LONGEST_PIECE", 20_000)
     (tmp_path / "genome.txt").write_text("".join(random.Random(0).choices("ACGT", k=200_000)))
     folder = prepare((str(tmp_path / "genome.txt"),), tmp_path / "out", vocab_size=8192, tokenizer=kind)
     manifest = read_manifest(folder)
@@ -206,8 +210,8 @@ def test_what_cramfast_wrote_beside_the_text_is_not_taken_for_text(tmp_path):
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     assert prepare((str(texts),), None, **OPTIONS) == cached
     assert prepare((str(texts),), out, **OPTIONS) == out
-    assert corpus.find_files((str(texts / "**" / "*.*"),)) == [texts / "a.txt"]
-    assert corpus.find_files((str(out / "heldout.txt"),)) == [out / "heldout.txt"]  # asked for by its name
+    assert find_files((str(texts / "**" / "*.*"),)) == [texts / "a.txt"]
+    assert find_files((str(out / "heldout.txt"),)) == [out / "heldout.txt"]  # asked for by its name
 
 
 def test_a_run_is_no_text(tmp_path):
