@@ -110,10 +110,10 @@ template <class Device>
 void bind_cross_entropy(py::module_& m) {
   m.def(
       "cross_entropy",
-      [](Device device, Address logits, Address target, Address loss, Address scale, Size rows, Size vocabulary,
-         float z_loss, bool write_gradient, int dtype) {
-        cross_entropy(device, {at<void>(logits), at<std::int64_t>(target), at<float>(loss), at<float>(scale), rows,
-                               vocabulary, z_loss, write_gradient, dtype_of(dtype)});
+      [](Device device, Address logits, Address target, Address loss, Size rows, Size vocabulary, float z_loss,
+         float gain, bool write_gradient, int dtype) {
+        cross_entropy(device, {at<void>(logits), at<std::int64_t>(target), at<float>(loss), rows, vocabulary, z_loss,
+                               gain, write_gradient, dtype_of(dtype)});
       },
       py::call_guard<CallGuard>());
 }

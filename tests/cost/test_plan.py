@@ -134,7 +134,7 @@ def test_microbatches_are_halved_until_they_fit():
     ],
 )
 def test_parts_are_measured_on_fewer_rows(op, shape, share, reduced):
-    assert calibration.fewer_rows(Part("a part", op, shape), share, torch.float32).shape == shape | reduced
+    assert calibration.fewer_rows(Part("a part", op, shape), share, torch.float32, "cpu").shape == shape | reduced
 
 
 def test_a_measured_efficiency_is_the_bound_over_the_median(config, monkeypatch):
@@ -256,6 +256,7 @@ def test_memory_of_muons_update_lies_beside_that_of_a_graph(config):
     hidden = 8 * muon_parameters(muon)
     assert footprint.training_bytes(muon, 512, 7) == 7 + footprint.state_bytes(muon) + pass_bytes + hidden
     on_cpu = replace(muon, device="cpu")
+    pass_bytes = footprint.kept_bytes(on_cpu, 512) + footprint.working_bytes(on_cpu, 512)
     assert footprint.training_bytes(on_cpu, 512, 7) == 7 + footprint.state_bytes(muon) + max(pass_bytes, hidden)
 
 
