@@ -1,5 +1,5 @@
-// Softmax cross-entropy over a chunk of rows of logits; the matmuls around it stay with torch (kernels/cross_entropy.py),
-// which hands over one chunk of rows at a time so that all logits never exist together.
+// Softmax cross-entropy over a chunk of rows of logits; the matmuls around it stay with torch
+// (kernels/cross_entropy.py), which hands over one chunk of rows at a time so that all logits never exist together.
 //
 //   lse = log sum_v exp(z_v),  loss = lse - z_t + z_loss lse^2              0 for a row whose target t is negative
 //   dz_v = (exp(z_v - lse) (1 + 2 z_loss lse) - [v = t]) gain               written over z; all zero without a target

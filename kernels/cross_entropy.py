@@ -46,8 +46,8 @@ def _forward(hidden_MD, weight_VD, target_M, z_loss, want_gradient, implementati
     M, D = hidden_MD.shape
     V = weight_VD.shape[0]
     check_activations("hidden", hidden_MD, implementation)
-    check("weight", weight_VD, (V, D), hidden_MD.dtype)
-    check("target", target_M, (M,), torch.int64)
+    check("weight", weight_VD, (V, D), hidden_MD.dtype, hidden_MD)
+    check("target", target_M, (M,), torch.int64, hidden_MD)
     if hidden_MD.device.type == "cpu" and M and int(target_M.max()) >= V:
         raise ValueError(f"target: {int(target_M.max())} is outside the vocabulary of {V}")
     loss, dhidden_MD, dweight_VD, rest = _forward_fake(hidden_MD, weight_VD, target_M, z_loss, want_gradient)
