@@ -23,6 +23,7 @@ from cramfast.pages.numbers import short, span
 from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.session.budget import Budget, parse_budget
+from cramfast.session.memory import size_of_part, smaller
 
 USABLE_MEMORY = 0.9  # of a device: the count came out 5 to 8 % below what steps took on a CPU (docs/log.md)
 
@@ -91,11 +92,14 @@ def parse(args: list[str] | None = None) -> Arguments:
 
 
 def fitting_microbatch(config: TrainConfig, card: Card, baseline: int) -> int:
-    """The recipe's microbatch, halved until the memory holds it, as training does (fit.py); at least one sequence."""
-    tokens, memory = config.microbatch_tokens, USABLE_MEMORY * card.memory_bytes
-    while tokens // 2 >= config.sequence_len and footprint.training_bytes(config, tokens, baseline) > memory:
-        tokens //= 2
-    return tokens
+    """The recipe's microbatch, in as few parts as the memory asks for, as training splits it (session/memory.py)."""
+    usable, whole, parts = USABLE_MEMORY * card.memory_bytes, config.microbatch_tokens, 1
+    while footprint.training_bytes(config, size_of_part(whole, parts), baseline) > usable:
+        choices = [more for more in smaller(whole, parts, config.sequence_len) if more > parts]
+        if not choices:
+            break
+        parts = choices[0]
+    return size_of_part(whole, parts)
 
 
 def make_plan(arguments: Arguments) -> Plan:

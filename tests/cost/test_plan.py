@@ -20,6 +20,7 @@ from cramfast.optim.make import OPTIMIZERS, make_optimizer
 from cramfast.optim.schedule import microbatches
 from cramfast.recipes import resolve, starting_config
 from cramfast.session.budget import Budget
+from cramfast.session.memory import size_of_part
 
 CPU = Card("some processor", 2e10, 1e11, 1e11, 8 << 30, None, "a test")
 LAW = {"E": 1.5, "A": 400.0, "alpha": 0.3, "B": 900.0, "beta": 0.25}
@@ -110,14 +111,16 @@ def test_the_largest_microbatch_fits_and_one_sequence_more_does_not(config):
     assert footprint.largest_microbatch(config, 100 << 20, 300 << 20) == 0
 
 
-def test_microbatches_are_halved_until_they_fit():
+def test_microbatches_are_the_largest_that_fit():
     arguments = plan.parse(["--gpu", "RTX 2080 Ti"])
     card, config = find_card("RTX 2080 Ti"), arguments.config
     tokens = plan.fitting_microbatch(config, card, footprint.CONTEXT_BYTES)
     usable = plan.USABLE_MEMORY * card.memory_bytes
-    assert config.microbatch_tokens % tokens == 0
+    parts = round(config.microbatch_tokens / tokens)
+    assert parts > 2 and tokens == size_of_part(config.microbatch_tokens, parts)
     assert footprint.training_bytes(config, tokens, footprint.CONTEXT_BYTES) <= usable
-    assert footprint.training_bytes(config, 2 * tokens, footprint.CONTEXT_BYTES) > usable
+    larger = size_of_part(config.microbatch_tokens, parts - 1)
+    assert footprint.training_bytes(config, larger, footprint.CONTEXT_BYTES) > usable
 
 
 @pytest.mark.parametrize(

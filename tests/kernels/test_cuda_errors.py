@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cramfast.kernels import attention, emulated, extension
+from cramfast.kernels import emulated, extension
 
 BUILT = extension.module is not None and extension.module.cuda
 # Without a driver every call into the runtime fails, which is the test.
@@ -27,12 +27,11 @@ def test_the_number_of_multiprocessors_is_not_guessed():
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_what_cannot_be_asked_is_no_missing_bfloat16(dtype):
     """It was "bfloat16 needs sm_80 or later; this device takes float16", whatever had gone wrong."""
-    qkv, offsets = torch.zeros(4, 3, 1, 64, dtype=dtype), torch.tensor([0, 4], dtype=torch.int32)
-    out, lse = attention._forward_fake(qkv, offsets, 4, None, None, -1)
     module, code = extension.module, extension.DTYPE_CODES[dtype]
-    pointers = [t.data_ptr() for t in (qkv, offsets)], [t.data_ptr() for t in (out, lse)]
-    with pytest.raises(RuntimeError, match=f"^compiled code for this device: .*{REFUSED}$"):
-        module.attention_fwd(module.Cuda(0), *pointers[0], 0, 0, *pointers[1], 4, 1, 1, 64, 4, -1, code)
+    with pytest.raises(RuntimeError, match=f"^(compiled code for this device|layernorm_glu_fold): .*{REFUSED}$"):
+        module.layernorm_glu_fwd(module.Cuda(0), *[0] * 12, 4, 64, 32, 0, 1e-5, code)
+    with pytest.raises(RuntimeError, match=f"^attention_check: .*{REFUSED}$"):
+        module.attention_fwd(module.Cuda(0), *[0] * 6, 4, 1, 1, 64, 4, -1, code)
 
 
 @pytest.mark.skipif(bool(emulated.missing_reason()), reason=emulated.missing_reason() or "can be built")
