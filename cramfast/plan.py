@@ -15,9 +15,10 @@ import tyro
 from cramfast.config import TrainConfig, require
 from cramfast.cost import calibration, footprint, measurements
 from cramfast.cost.calibration import Efficiency
+from cramfast.cost.cards import Card, find_card
 from cramfast.cost.forecast import Forecast, Line, ScalingLaw, forecast, read_law
 from cramfast.cost.measurements import Comparison
-from cramfast.cost.roofline import Card, find_card, microbatch_parts, parameter_count, update_parts
+from cramfast.cost.roofline import microbatch_parts, parameter_count, update_parts
 from cramfast.errors import command
 from cramfast.pages.numbers import short, span
 from cramfast.recipes import choose_device, resolve, starting_config

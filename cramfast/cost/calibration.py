@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import cramfast.kernels
-from cramfast.cost.roofline import CASE_OF, ORTHOGONALISE, Card, Part, bound, cost
+from cramfast.cost.cards import Card
+from cramfast.cost.roofline import CASE_OF, ORTHOGONALISE, Part, bound, cost
 from cramfast.kernels.cases import on_device, training_pass
 from cramfast.kernels.cross_entropy import chunk_rows
 from cramfast.optim.muon import orthogonalised, product_dtype

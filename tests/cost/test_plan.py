@@ -11,8 +11,9 @@ from cramfast import plan
 from cramfast.config import to_json
 from cramfast.cost import calibration, footprint, measurements
 from cramfast.cost.calibration import Efficiency
+from cramfast.cost.cards import Card, find_card
 from cramfast.cost.forecast import forecast, read_law
-from cramfast.cost.roofline import Card, Part, find_card, microbatch_parts, muon_parameters, update_parts
+from cramfast.cost.roofline import Part, microbatch_parts, muon_parameters, update_parts
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
 from cramfast.optim.flat import FlatParameters
