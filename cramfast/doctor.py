@@ -158,6 +158,7 @@ def machine() -> list[tuple[str, str]]:
         ("GPU", _gpu()),
         ("CUDA in torch", torch.version.cuda or "none: this is a CPU build of torch"),
         ("CUDA kernels", "built" if extension.module is not None and extension.module.cuda else "not built"),
+        ("empty CUDA launch", _empty_launch()),
         ("CUDA compiler", _compiler("nvcc", _nvcc())),
         ("C++ compiler", _compiler("c++", shutil.which(os.environ.get("CXX", "c++")))),
     ]
@@ -195,6 +196,20 @@ def _gpu() -> str:
     major, minor = torch.cuda.get_device_capability()
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {total:.0f} GiB, {torch.cuda.device_count()} in all"
+
+
+def _empty_launch() -> str:
+    """What came of a kernel that does nothing: whether our build, the driver and the card work together."""
+    module, visible = extension.module, torch.cuda.is_available()
+    if module is None or not module.cuda:
+        return "none to make: no CUDA kernels are built"
+    if not visible and not _driver_loaded():
+        return "none to make: no GPU"
+    try:
+        module.empty_launch(module.Cuda(torch.cuda.current_stream().cuda_stream if visible else 0))
+    except RuntimeError as error:
+        return f"failed: {error}"
+    return "works"
 
 
 def _driver_loaded() -> bool:

@@ -44,7 +44,7 @@ def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | R
     """Train until the budget is spent, from the newest checkpoint in run_dir or from the start.
 
     All processes of a team call it, and take every decision together. Where memory runs out, training goes on from the
-    newest checkpoint with microbatches of half the size.
+    newest checkpoint with the largest smaller microbatches that fit.
 
     Returns:
         True when the budget is spent, False when a signal ended the session; a checkpoint is there either way.
@@ -56,14 +56,23 @@ def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | R
     tokens = budget.microbatch_tokens or saved or config.microbatch_tokens
     least = tokens if budget.microbatch_tokens else config.sequence_len  # a replay keeps the size of its record
     error = torch.OutOfMemoryError if team.alone else memory.OutOfMemoryTogether
-    return memory.halving(lambda size: session(config, run_dir, prepared, budget, size, team), tokens, least, error)
+    return memory.fitting(
+        lambda size: session(config, run_dir, prepared, budget, size, team),
+        lambda size: trial(config, prepared, size, team),
+        tokens, least, error,
+    )  # fmt: skip
+
+
+def trial(config: TrainConfig, prepared: Path, size: int, team: Team) -> None:
+    """The start of a session and no more: raises torch.OutOfMemoryError where microbatches of `size` do not fit."""
+    start(config, training_source(config, prepared, size), Clock(torch.device(config.device), team), team)
 
 
 def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay, size: int, team: Team) -> bool:
     """train() with microbatches of `size` tokens; raises torch.OutOfMemoryError where they do not fit."""
     device = torch.device(config.device)
     source, probe = training_source(config, prepared, size), Probe(config, prepared)
-    heldout = heldout_batches(config, prepared, device)[team.rank :: team.world]
+    heldout = heldout_batches(config, prepared, device, size)[team.rank :: team.world]
     ledger = Ledger(Clock(device, team))
     model, optimizer, microbatch = start(config, source, ledger.clock, team)
     progress, previous = restore(config, run_dir, optimizer, size, team)
@@ -167,6 +176,7 @@ def start(config: TrainConfig, source: Source, clock: Clock, team: Team) -> tupl
     Compilers and caches do their first work in that step, outside the budget, and memory that is too small shows.
     """
     torch.manual_seed(config.seed)
+    team.connect(torch.device(config.device))
     model = (Discriminator if config.objective == "rtd" else Encoder)(config.model).to(config.device)
     model.z_loss = config.z_loss
     optimizer = make_optimizer(config, model, team)

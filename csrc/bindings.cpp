@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "cpu_dispatch.h"
 #include "cross_entropy.h"
+#include "empty_launch.h"
 #include "glu.h"
 #include "layernorm.h"
 #include "layernorm_glu.h"
@@ -110,10 +111,10 @@ template <class Device>
 void bind_cross_entropy(py::module_& m) {
   m.def(
       "cross_entropy",
-      [](Device device, Address logits, Address target, Address loss, Address scale, Size rows, Size vocabulary,
-         float z_loss, bool write_gradient, int dtype) {
-        cross_entropy(device, {at<void>(logits), at<std::int64_t>(target), at<float>(loss), at<float>(scale), rows,
-                               vocabulary, z_loss, write_gradient, dtype_of(dtype)});
+      [](Device device, Address logits, Address target, Address loss, Size rows, Size vocabulary, float z_loss,
+         float gain, bool write_gradient, int dtype) {
+        cross_entropy(device, {at<void>(logits), at<std::int64_t>(target), at<float>(loss), rows, vocabulary, z_loss,
+                               gain, write_gradient, dtype_of(dtype)});
       },
       py::call_guard<CallGuard>());
 }
@@ -170,6 +171,7 @@ void bind_cuda(py::module_& m) {
   // module_local: the emulated modules stand beside _C in one process.
   py::class_<Cuda>(m, "Cuda", py::module_local())
       .def(py::init([](Address stream) { return Cuda{reinterpret_cast<void*>(stream)}; }), py::arg("stream"));
+  m.def("empty_launch", &empty_launch, py::call_guard<CallGuard>());
   bind_operators<Cuda>(m);
   bind_layernorm_glu(m);
   m.attr("cuda_operators") = py::make_tuple("layernorm", "glu", "layernorm_glu", "attention", "cross_entropy", "adamw");

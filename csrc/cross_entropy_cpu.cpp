@@ -31,7 +31,7 @@ float row_log_sum_exp(const T* __restrict z, std::int64_t V) {
 }
 
 template <class T>
-void one_row(const CrossEntropy& args, std::int64_t row, float scale) {
+void one_row(const CrossEntropy& args, std::int64_t row) {
   const std::int64_t V = args.vocabulary, target = args.target[row];
   T* __restrict z = static_cast<T*>(args.logits) + row * V;
   if (target < 0) {
@@ -42,10 +42,10 @@ void one_row(const CrossEntropy& args, std::int64_t row, float scale) {
   const float lse = row_log_sum_exp(z, V), at_target = widen(z[target]);
   args.loss[row] = lse - at_target + args.z_loss * lse * lse;
   if (!args.write_gradient) return;
-  const float slope = 1.0f + 2.0f * args.z_loss * lse, factor = slope * scale;
+  const float slope = 1.0f + 2.0f * args.z_loss * lse, factor = slope * args.gain;
 #pragma omp simd
   for (std::int64_t v = 0; v < V; ++v) z[v] = narrow<T>(exp_(widen(z[v]) - lse) * factor);
-  z[target] = narrow<T>((exp_(at_target - lse) * slope - 1.0f) * scale);
+  z[target] = narrow<T>((exp_(at_target - lse) * slope - 1.0f) * args.gain);
 }
 
 }  // namespace
@@ -53,8 +53,7 @@ void one_row(const CrossEntropy& args, std::int64_t row, float scale) {
 void cross_entropy(Cpu device, const CrossEntropy& args) {
   with_dtype(args.dtype, [&](auto* stored) {
     using T = std::remove_pointer_t<decltype(stored)>;
-    const float scale = *args.scale;
-    parallel_for(device, args.rows, [&](std::int64_t row) { one_row<T>(args, row, scale); });
+    parallel_for(device, args.rows, [&](std::int64_t row) { one_row<T>(args, row); });
   });
 }
 

@@ -17,11 +17,11 @@ def _forward(x_ND, residual_ND, norm_weight_D, norm_bias_D, weight_2FD, activati
     check_activations("x", x_ND, implementation)
     N, D = x_ND.shape
     if residual_ND is not None:
-        check("residual", residual_ND, (N, D), x_ND.dtype)
-    check("norm_weight", norm_weight_D, (D,), torch.float32)
+        check("residual", residual_ND, (N, D), x_ND.dtype, x_ND)
+    check("norm_weight", norm_weight_D, (D,), torch.float32, x_ND)
     if norm_bias_D is not None:
-        check("norm_bias", norm_bias_D, (D,), torch.float32)
-    check("weight_in", weight_2FD, (weight_2FD.shape[0], D), x_ND.dtype)
+        check("norm_bias", norm_bias_D, (D,), torch.float32, x_ND)
+    check("weight_in", weight_2FD, (weight_2FD.shape[0], D), x_ND.dtype, x_ND)
     if weight_2FD.shape[0] % 2:
         raise ValueError(f"weight_in: expected (2 F, D), got {tuple(weight_2FD.shape)}")
     if activation not in ACTIVATION_CODES:

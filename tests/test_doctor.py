@@ -161,3 +161,25 @@ def test_an_instruction_set_that_is_ignored_is_named(monkeypatch, wanted, said):
 def test_the_instruction_sets_are_those_of_the_source():
     source = Path(__file__).parent.parent / "csrc" / "cpu_dispatch.cpp"
     assert f"CRAMFAST_CPU={'|'.join(doctor.BUILDS)} takes" in source.read_text(encoding="utf-8")
+
+
+def _module_that_launches(error=None):
+    def empty_launch(device):
+        if error:
+            raise RuntimeError(error)
+
+    return SimpleNamespace(cuda=True, Cuda=lambda stream: stream, empty_launch=empty_launch)
+
+
+def test_an_empty_launch_tells_the_runtimes_own_text(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_driver_loaded", lambda: True)  # the driver is there, torch was built without CUDA
+    monkeypatch.setattr(extension, "module", _module_that_launches())
+    assert dict(doctor.machine())["empty CUDA launch"] == "works"
+    text = "empty launch: CUDA driver version is insufficient for CUDA runtime version (cudaErrorInsufficientDriver)"
+    monkeypatch.setattr(extension, "module", _module_that_launches(text))
+    assert dict(doctor.machine())["empty CUDA launch"] == f"failed: {text}"
+    monkeypatch.setattr(doctor, "_driver_loaded", lambda: False)
+    assert dict(doctor.machine())["empty CUDA launch"] == "none to make: no GPU"
+    monkeypatch.setattr(extension, "module", SimpleNamespace(cuda=False))
+    assert "no CUDA kernels are built" in dict(doctor.machine())["empty CUDA launch"]

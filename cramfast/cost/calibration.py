@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import cramfast.kernels
-from cramfast.cost.roofline import CASE_OF, ORTHOGONALISE, Card, Part, bound, cost
+from cramfast.cost.cards import Card
+from cramfast.cost.roofline import CASE_OF, ORTHOGONALISE, Part, bound, cost
 from cramfast.kernels.cases import on_device, training_pass
-from cramfast.kernels.cross_entropy import CHUNK_BYTES
+from cramfast.kernels.cross_entropy import chunk_rows
 from cramfast.optim.muon import orthogonalised, product_dtype
 from cramfast.runtime.stopwatch import Stopwatch, Work, interleaved
 from cramfast.session.metrics import measure_copy_bandwidth, measure_matmul_peak
@@ -46,7 +47,7 @@ def machine_at_hand(device: str, dtype: torch.dtype) -> Card:
     return Card(properties.name, bandwidth, matmul, plain, properties.total_memory, capability, source)
 
 
-def fewer_rows(part: Part, share: float, dtype: torch.dtype) -> Part:
+def fewer_rows(part: Part, share: float, dtype: torch.dtype, device: str) -> Part:
     """The part at about this share of its rows, the whole of it from 1 on.
 
     Sequences are kept whole, and so are Muon's matrices and, where there are several, the loss's chunks of logits.
@@ -60,7 +61,7 @@ def fewer_rows(part: Part, share: float, dtype: torch.dtype) -> Part:
     else:
         step = LEAST_ROWS
         if part.op == "cross_entropy":
-            step = max(1, CHUNK_BYTES // (part.shape["V"] * dtype.itemsize))
+            step = chunk_rows(device, part.shape["V"], dtype)
         shape = {key: min(whole, step * max(1, round(share * whole / step)))}
     return replace(part, shape={**part.shape, **shape})
 
@@ -91,7 +92,7 @@ def measure(card: Card, parts: Iterable[Part], dtype: torch.dtype, rounds: int |
             continue
         seconds = bound(card, part.op, *cost(part.op, part.shape, dtype, device == "cuda")).seconds
         most = MOST_PARAMETERS / part.shape["P"] if part.op == "adamw" else math.inf
-        reduced = fewer_rows(part, min(PART_S / seconds, most), dtype)
+        reduced = fewer_rows(part, min(PART_S / seconds, most), dtype, device)
         least[part.name] = bound(card, part.op, *cost(reduced.op, reduced.shape, dtype, device == "cuda")).seconds
         works[part.name] = work(reduced, device, dtype)
     times, _ = interleaved(Stopwatch(device), works, rounds or ROUNDS)

@@ -97,28 +97,47 @@ def shapes(batch: Batch) -> tuple:
 def capture_graph(work: Work) -> Work:
     """Run the work on a side stream to warm up, capture it, and return the graph's replay.
 
+    A capture that runs out of memory leaves torch's allocator in the capture, and no smaller one can be tried in this
+    process. So the warm-up shows what the work takes, and a capture without room for that again is not begun.
+
     Raises:
-        torch.OutOfMemoryError: in the warm-up or in the capture.
-        UserError: some operation cannot be captured.
+        torch.OutOfMemoryError: in the warm-up, or there is no room for a capture; a smaller batch can be tried.
+        UserError: some operation cannot be captured, or memory ran out in the capture all the same.
     """
     side = torch.cuda.Stream()
+    taken = warmed_up(work, side)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < taken:
+        raise torch.OutOfMemoryError(f"a CUDA graph of the microbatch takes {taken:,} bytes, and {free:,} are free")
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # torch.cuda.graph leaves its stream current when ending a broken capture raises; the outer block does not.
+        with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
+            work()
+    except RuntimeError as error:
+        if any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
+            raise UserError(
+                "out of memory while the CUDA graph was captured, after which this process cannot go on — free the GPU "
+                "of other work and --resume, or use --graph off or a smaller --microbatch-tokens"
+            ) from error
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the CUDA graph cannot be captured ({reason}) — use --graph off") from error
+    return graph.replay
+
+
+def warmed_up(work: Work, side: torch.cuda.Stream) -> int:
+    """Run the work op by op on the side stream; the bytes that it took there at most, as a capture will again."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):
             work()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            work()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if isinstance(error.__context__, torch.OutOfMemoryError):  # ending the broken capture raised as well
-            raise error.__context__ from None
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the CUDA graph cannot be captured ({reason}) — use --graph off") from error
-    return graph.replay
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_reserved() - before
 
 
 def graph_choice(config: TrainConfig) -> tuple[bool, str]:
