@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +19,14 @@ from typing import BinaryIO, Literal
 
 import pyarrow
 import pyarrow.parquet
-from backports import zstd
 
 from cramfast.errors import UserError
 from cramfast.text.prepared import PARTIAL, is_prepared
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 Documents = Literal["blocks", "lines", "files"]
 FORMATS = (".txt", ".jsonl", ".parquet")

@@ -16,13 +16,12 @@ from types import SimpleNamespace
 import pyarrow
 import pyarrow.parquet
 import pytest
-from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cramfast.errors import UserError
 from cramfast.text import corpus, docstrings
-from cramfast.text.corpus import read_documents, read_lines
+from cramfast.text.corpus import read_documents, read_lines, zstd
 from cramfast.text.prepared import is_prepared
 
 DOCUMENTS = ["First line.\nSecond line of one.", "Ein zweites: Größe, 日本語, 🙂.", "A third."]
