@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PARTS = ("all", "cpu", "none")
-WITHOUT = "CRAMFAST_BUILD=none pip install -e . goes without; PyTorch's own operators then run, slower"
+WITHOUT = "or, slower and on PyTorch's own operators alone: CRAMFAST_BUILD=none pip install -e ."
 # What the log of a failed build holds, and what to say of it; the first that is found.
 CAUSES = (
     (
@@ -57,7 +57,7 @@ def cause(output: str) -> str:
     # A message of our own CMake files, which CMake wraps; else the first error of a compiler; else of CMake itself.
     if match := re.search(r"^CMake Error[^\n]*\n+ +cramfast: (.*?)\n\n", output, flags=re.M | re.S):
         return " ".join(match[1].split())
-    errors = re.findall(r"^.*\berror\b ?[:#].*$|^nvcc fatal.*$|^ptxas fatal.*$", output, flags=re.M)
+    errors = re.findall(r"^.*\berror\b(?: ?:| --).*$|^nvcc fatal.*$|^ptxas fatal.*$", output, flags=re.M)
     errors = errors or re.findall(r"^CMake Error.*\n+ *(.*)$", output, flags=re.M)
     return errors[0].strip() if errors else "the build failed; the lines above say how"
 

@@ -1,7 +1,9 @@
 """What the compiled module has for a GPU: the architectures it was built for, and whose code runs on the card here."""
 
 import functools
+import os
 import re
+import shutil
 
 import torch
 
@@ -94,3 +96,15 @@ def driver_problem() -> str:
 def written(version: int) -> str:
     """13000 is 13.0."""
     return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler that an install takes, as cmake/cuda.cmake finds it; None without one.
+
+    CUDACXX names it, else it is that of CUDA_HOME or CUDA_PATH, else of PATH, else of /usr/local/cuda.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    folders = (home and os.path.join(home, "bin"), os.environ.get("PATH"), not home and "/usr/local/cuda/bin")
+    path = os.pathsep.join(filter(None, folders))
+    named = os.environ.get("CUDACXX")
+    return (named and shutil.which(named, path=path)) or shutil.which("nvcc", path=path)
