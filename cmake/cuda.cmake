@@ -1,8 +1,8 @@
 # Which CUDA compiler builds the CUDA operators, and for which architectures. Lines that begin with "cramfast:" are for
 # the user: setup.py shows them and keeps the reason in the module, for the doctor.
 
-# The compiler of CUDACXX, else of CUDA_HOME or CUDA_PATH, else of PATH, else of /usr/local/cuda, as in
-# cramfast/doctor.py; "" where there is none.
+# The compiler that CMAKE_CUDA_COMPILER or CUDACXX names, else that of CUDA_HOME or CUDA_PATH, else of PATH, else of
+# /usr/local/cuda, as in kernels/cuda_build.py; "" where there is none.
 function(cramfast_find_nvcc result)
   set(home "$ENV{CUDA_HOME}")
   if(NOT home)
@@ -13,7 +13,7 @@ function(cramfast_find_nvcc result)
     set(last /usr/local/cuda/bin)
   endif()
   string(REPLACE ":" ";" path "$ENV{PATH}")
-  find_program(CRAMFAST_NVCC NAMES "$ENV{CUDACXX}" nvcc PATHS "${home}/bin" ${path} ${last} NO_DEFAULT_PATH)
+  find_program(CRAMFAST_NVCC NAMES "${CMAKE_CUDA_COMPILER}" "$ENV{CUDACXX}" nvcc PATHS "${home}/bin" ${path} ${last} NO_DEFAULT_PATH)
   set(${result} "" PARENT_SCOPE)
   if(CRAMFAST_NVCC)
     set(${result} "${CRAMFAST_NVCC}" PARENT_SCOPE)
