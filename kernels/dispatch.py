@@ -72,10 +72,10 @@ def _cpp_obstacle(target: Target) -> str:
         return extension.missing_reason
     if found := _dtype_obstacle(target, extension.storage_dtypes(target.device)):
         return found
-    return _cpp_cuda_obstacle(target, "attention") if target.device == "cuda" else ""
+    return _cpp_cuda_obstacle(target) if target.device == "cuda" else ""
 
 
-def _cpp_cuda_obstacle(target: Target, *tensor_core_operators: str) -> str:
+def _cpp_cuda_obstacle(target: Target) -> str:
     module = extension.module
     if not module.cuda:
         return f"no CUDA kernels: {module.cuda_missing}; install the CUDA toolkit (nvcc), then pip install -e ."
@@ -83,7 +83,7 @@ def _cpp_cuda_obstacle(target: Target, *tensor_core_operators: str) -> str:
         return f"{target.op} has no CUDA kernel yet"
     if found := _gpu_obstacle(target, 75):
         return found
-    if target.dtype == torch.bfloat16 and target.op in tensor_core_operators:
+    if target.op == "attention" and target.dtype == torch.bfloat16:  # on tensor cores
         return cuda_build.bfloat16_obstacle(target.architecture)
     return cuda_build.code_path(target.architecture)[1]
 
@@ -91,7 +91,7 @@ def _cpp_cuda_obstacle(target: Target, *tensor_core_operators: str) -> str:
 def _cpp_fused_obstacle(target: Target) -> str:
     lowest = 80 if target.dtype == torch.bfloat16 else 75
     found = _gpu_obstacle(target, lowest) or _dtype_obstacle(target, HALF) or _cpp_obstacle(target)
-    return found or _cpp_cuda_obstacle(target, "layernorm_glu")
+    return found or (cuda_build.bfloat16_obstacle(target.architecture) if target.dtype == torch.bfloat16 else "")
 
 
 def _triton_obstacle(target: Target) -> str:
