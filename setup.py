@@ -55,7 +55,7 @@ def cause(output: str) -> str:
         if re.search(pattern, output, flags=re.M | re.S):
             return said.format(python="{}.{}".format(*sys.version_info))
     # A message of our own CMake files, which CMake wraps; else the first error of a compiler; else of CMake itself.
-    if match := re.search(r"^CMake Error[^\n]*\n+ +cramfast: (.*?)\n\n", output, flags=re.M | re.S):
+    if match := re.search(r"^CMake Error[^\n]*\n+ +cramfast: (.*?)\n(?:Call Stack|\n)", output, flags=re.M | re.S):
         return " ".join(match[1].split())
     errors = re.findall(r"^.*\berror\b(?: ?:| --).*$|^nvcc fatal.*$|^ptxas fatal.*$", output, flags=re.M)
     errors = errors or re.findall(r"^CMake Error.*\n+ *(.*)$", output, flags=re.M)

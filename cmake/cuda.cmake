@@ -20,6 +20,23 @@ function(cramfast_find_nvcc result)
   endif()
 endfunction()
 
+# Ends with the compiler's own words where it cannot compile at all, for instance for a host compiler that it does not
+# know; CMake's own check would tell of something that follows from that.
+function(cramfast_check_nvcc nvcc)
+  set(probe "${CMAKE_BINARY_DIR}/cramfast_probe")
+  file(WRITE "${probe}.cu" "#include <cstdint>\n__global__ void probe() {}\n")
+  set(host "")
+  if(NOT "$ENV{CUDAHOSTCXX}" STREQUAL "")
+    set(host -ccbin "$ENV{CUDAHOSTCXX}")
+  endif()
+  execute_process(COMMAND "${nvcc}" -std=c++17 ${host} -c "${probe}.cu" -o "${probe}.o"
+                  RESULT_VARIABLE failed OUTPUT_VARIABLE said ERROR_VARIABLE said)
+  if(failed)
+    string(REGEX MATCH "[^\n]*(error|fatal)[^\n]*" line "${said}")
+    message(FATAL_ERROR "cramfast: ${nvcc} does not compile: ${line} (CUDAHOSTCXX names another host compiler)")
+  endif()
+endfunction()
+
 # "8.6;9.0+PTX", as PyTorch's extensions read it, in CMake's words: 86-real;90.
 function(cramfast_read_torch_list list result)
   set(found "")

@@ -53,6 +53,7 @@ def no_wishes(monkeypatch):
 def test_a_failed_build_ends_with_its_cause(build, log, said):
     line = build.cause("-- before\n" + log + "-- Configuring incomplete, errors occurred!\n")
     assert said.format(python="{}.{}".format(*sys.version_info)) in line and "\n" not in line
+    assert "Call Stack" not in line
 
 
 def programs(folder: Path, **scripts: str) -> str:
@@ -234,6 +235,18 @@ def test_cudaarchs_goes_before_torchs_list(tmp_path):
 def test_wishes_that_cannot_be_had_are_named(tmp_path, environment, message):
     _, names, said = chosen(tmp_path, **environment)
     assert not names and message in said
+
+
+def test_a_compiler_that_cannot_compile_is_named_with_its_own_words(tmp_path):
+    cmake = shutil.which("cmake") or pytest.skip("needs cmake: pip install cmake")
+    path = programs(tmp_path / "bin", nvcc="#!/bin/sh\necho '#error -- unsupported GNU version!' >&2; exit 1\n")
+    script = tmp_path / "check.cmake"
+    head = f'cmake_minimum_required(VERSION 3.24)\ninclude("{ROOT}/cmake/cuda.cmake")\n'
+    script.write_text(f'{head}cramfast_check_nvcc("{path}/nvcc")\n')
+    answer = subprocess.run([cmake, "-P", script], cwd=tmp_path, capture_output=True, text=True)
+    said = " ".join(answer.stderr.split())
+    assert answer.returncode == 1
+    assert f"cramfast: {path}/nvcc does not compile: #error -- unsupported GNU version! (CUDAHOSTCXX names" in said
 
 
 def test_the_compiler_is_found_where_the_doctor_looks(tmp_path, monkeypatch):
