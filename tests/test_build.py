@@ -220,6 +220,11 @@ def test_architectures_that_are_asked_for(tmp_path, name, wish, names):
     assert chosen(tmp_path, **{name: wish})[1] == names
 
 
+def test_what_the_kernels_cannot_do_is_left_out_with_a_line(tmp_path):
+    _, names, said = chosen(tmp_path, known="70 75 86", TORCH_CUDA_ARCH_LIST="7.0;8.6")
+    assert names == "sm_86" and "cramfast: sm_70 is left out: the kernels need sm_75 or later" in said
+
+
 def test_cudaarchs_goes_before_torchs_list(tmp_path):
     assert chosen(tmp_path, CUDAARCHS="86-real", TORCH_CUDA_ARCH_LIST="9.0")[1] == "sm_86"
 
