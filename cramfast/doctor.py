@@ -251,7 +251,8 @@ def missing() -> list[tuple[str, str, str]]:
     """(what is missing, what that costs, how to get it); on a machine without GPU, nothing that only a GPU needs."""
     rows = []
     if extension.module is None:
-        cost = f"PyTorch's operators run instead, slower; {extension.missing_reason}"
+        # Processor time of an update of `mini`, bfloat16, one thread: 1.23 s for 0.42 s (torch 2.13.0, 2026-12-01).
+        cost = f"PyTorch's operators run instead, about three times as slow; {extension.missing_reason}"
         rows.append(("compiled kernels", cost, "pip install -e ."))
     if _driver_loaded() and not torch.cuda.is_available():
         how = "install torch for CUDA: pytorch.org/get-started"
