@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cramfast.errors import UserError, command
+from cramfast.kernels import cuda_build
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "sass.md"
@@ -37,6 +38,7 @@ class Multiprocessor:
 
 ARCHITECTURES = {
     75: Multiprocessor(1024, 16, 64 << 10, 0),
+    80: Multiprocessor(2048, 32, 164 << 10, 1 << 10),
     86: Multiprocessor(1536, 16, 100 << 10, 1 << 10),
     90: Multiprocessor(2048, 32, 228 << 10, 1 << 10),
 }
@@ -126,7 +128,7 @@ def nvcc() -> str:
     Raises:
         UserError: there is none.
     """
-    found = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    found = cuda_build.nvcc()
     if not found:
         raise UserError("nvcc: not found; install a CUDA toolkit or set CUDACXX to its compiler")
     return found

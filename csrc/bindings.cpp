@@ -17,6 +17,9 @@
 #ifdef CRAMFAST_EMULATED
 #include "emulator/global_memory.h"
 #include "emulator/machine.h"
+#else
+#include "build_info.h"
+#include "code_path.h"
 #endif
 
 namespace py = pybind11;
@@ -222,8 +225,16 @@ PYBIND11_MODULE(_C, m) {
   m.attr("layernorm_max_width") = layernorm_max_width;
   bind_operators<Cpu>(m);
   bind_accumulate(m);
+  m.attr("cuda_architectures") = py::str(CRAMFAST_CUDA_ARCHITECTURES).attr("split")();
+  m.attr("cuda_toolkit") = CRAMFAST_CUDA_TOOLKIT;
+  m.attr("cuda_missing") = CRAMFAST_CUDA_MISSING;
 #ifdef CRAMFAST_CUDA
   bind_cuda(m);
+  m.def("cuda_code_path", &cuda_code_path);
+  m.def("cuda_versions", [] {
+    const CudaVersions versions = cuda_versions();
+    return py::make_tuple(versions.driver, versions.runtime);
+  });
   m.attr("cuda") = true;
 #else
   m.attr("cuda_operators") = py::make_tuple();

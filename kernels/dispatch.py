@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from cramfast.kernels import emulated, extension, peers, reference
+from cramfast.kernels import cuda_build, emulated, extension, peers, reference
 
 MEASURED = Path(__file__).with_name("measured.json")
 HALF = (torch.float16, torch.bfloat16)
@@ -70,16 +70,28 @@ def _cpp_obstacle(target: Target) -> str:
     module = extension.module
     if module is None:
         return extension.missing_reason
-    if target.device == "cuda" and not module.cuda:
-        return "the module was built without CUDA; install the CUDA toolkit (nvcc), then pip install -e ."
-    if target.device == "cuda" and target.op not in module.cuda_operators:
+    if found := _dtype_obstacle(target, extension.storage_dtypes(target.device)):
+        return found
+    return _cpp_cuda_obstacle(target) if target.device == "cuda" else ""
+
+
+def _cpp_cuda_obstacle(target: Target) -> str:
+    module = extension.module
+    if not module.cuda:
+        return f"no CUDA kernels: {module.cuda_missing}; install the CUDA toolkit (nvcc), then pip install -e ."
+    if target.op not in module.cuda_operators:
         return f"{target.op} has no CUDA kernel yet"
-    return _dtype_obstacle(target, extension.storage_dtypes(target.device))
+    if found := _gpu_obstacle(target, 75):
+        return found
+    if target.op == "attention" and target.dtype == torch.bfloat16:  # on tensor cores
+        return cuda_build.bfloat16_obstacle(target.architecture)
+    return cuda_build.code_path(target.architecture)[1]
 
 
 def _cpp_fused_obstacle(target: Target) -> str:
-    found = _gpu_obstacle(target, 80 if target.dtype == torch.bfloat16 else 75) or _dtype_obstacle(target, HALF)
-    return found or _cpp_obstacle(target)
+    lowest = 80 if target.dtype == torch.bfloat16 else 75
+    found = _gpu_obstacle(target, lowest) or _dtype_obstacle(target, HALF) or _cpp_obstacle(target)
+    return found or (cuda_build.bfloat16_obstacle(target.architecture) if target.dtype == torch.bfloat16 else "")
 
 
 def _triton_obstacle(target: Target) -> str:

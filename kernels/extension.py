@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import re
 from pathlib import Path
 
@@ -38,7 +39,8 @@ try:
     missing_reason = ""
 except (ImportError, OSError) as error:  # shown by doctor and at the start of every run, never silent
     module, cpu_isa = None, "none"
-    missing_reason = f"compiled module not loaded ({error}); build it with: pip install -e ."
+    why = error if importlib.util.find_spec("cramfast._C") else "it was installed without it"
+    missing_reason = f"compiled module not loaded ({why}); build it with: pip install -e ."
 
 
 def storage_dtypes(device_type: str) -> tuple[torch.dtype, ...]:

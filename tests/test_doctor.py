@@ -11,7 +11,7 @@ import torch
 
 import cramfast.kernels
 from cramfast import doctor
-from cramfast.kernels import dispatch, extension
+from cramfast.kernels import cuda_build, dispatch, extension
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_missing_module_is_explained(monkeypatch):
 @pytest.mark.parametrize(("present", "expected"), [(True, "CUDA kernels"), (False, None)])
 def test_what_only_a_gpu_needs_is_asked_for_only_there(monkeypatch, present, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
-    monkeypatch.setattr(doctor, "_nvcc", lambda: None)
+    monkeypatch.setattr(cuda_build, "nvcc", lambda: None)
     if extension.module is None or extension.module.cuda:
         pytest.skip("needs a module built without CUDA")
     asked = {what: remedy for what, _, remedy in doctor.missing()}
@@ -152,7 +152,7 @@ def test_a_lower_instruction_set_is_shown_and_right():
     ],
 )
 def test_an_instruction_set_that_is_ignored_is_named(monkeypatch, wanted, said):
-    monkeypatch.setattr(extension, "module", SimpleNamespace(cuda=False))
+    monkeypatch.setattr(extension, "module", SimpleNamespace(cuda=False, cuda_missing="no nvcc"))
     monkeypatch.setattr(extension, "cpu_isa", "avx2")
     monkeypatch.setenv("CRAMFAST_CPU", wanted)
     assert dict(doctor.machine())["instruction set"].endswith(said)

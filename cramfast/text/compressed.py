@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,9 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from backports import zstd
-
 from cramfast.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 READ_AT_ONCE = 1 << 18  # bytes
 XZ_ALIGNMENT = 4  # bytes: between streams an .xz file may hold zeros, a multiple of so many

@@ -13,7 +13,7 @@ from cramfast import stages
 from cramfast.commandline import parse
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
-from cramfast.kernels import dispatch, extension, peers, reference
+from cramfast.kernels import cuda_build, dispatch, extension, peers, reference
 from cramfast.kernels.cases import CASES
 from cramfast.session import kernelchoice
 
@@ -76,6 +76,7 @@ def test_the_fastest_that_can_run_is_taken(on_gpu):
 
 def test_the_fused_feed_forward_is_taken_only_where_it_was_measured_fastest(on_gpu, monkeypatch):
     monkeypatch.setattr(dispatch, "_cpp_obstacle", lambda target: "")  # as where it was built with CUDA
+    monkeypatch.setattr(cuda_build, "code_path", lambda architecture: (860, ""))
     choice = dispatch.choose("layernorm_glu", "cuda", torch.bfloat16)
     assert choice.implementation == "reference" and "cpp_fused" in choice.reason
     on_gpu(row("layernorm_glu", {"cpp_fused": 1.0, "reference": 3.0}))

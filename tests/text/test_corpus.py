@@ -16,12 +16,12 @@ from types import SimpleNamespace
 import pyarrow
 import pyarrow.parquet
 import pytest
-from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cramfast.errors import UserError
 from cramfast.text import docstrings, lines
+from cramfast.text.compressed import zstd
 from cramfast.text.corpus import read_documents
 from cramfast.text.files import find_files
 from cramfast.text.lines import read_lines
