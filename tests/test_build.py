@@ -141,7 +141,7 @@ def test_a_cuda_part_that_fails_costs_the_cuda_operators_alone(build, monkeypatc
         commands.append(command)
         with_cuda = not any("-DCRAMFAST_CUDA=OFF" in words for words in commands)
         if with_cuda and ("--build" in command) == (failing == "compile"):
-            raise build.BuildError('csrc/a_cuda.cu(7): error: "x;y" is $undefined\n')
+            raise build.BuildError('csrc/glu_cuda.cu(7): error: "x;y" is $undefined\n')
 
     monkeypatch.setattr(build, "run", run)
     monkeypatch.setattr(build, "PART", "all")
@@ -151,9 +151,9 @@ def test_a_cuda_part_that_fails_costs_the_cuda_operators_alone(build, monkeypatc
     command.get_ext_fullpath = lambda name: str(tmp_path / "_C.so")
     command.build_extension(build.Extension("cramfast._C", sources=[]))
     reason = next(word for word in commands[-2] if word.startswith("-DCRAMFAST_CUDA_MISSING="))
-    assert "csrc/a_cuda.cu(7): error:" in reason and not set(';"$') & set(reason)
+    assert "csrc/glu_cuda.cu(7): error:" in reason and not set(';"$') & set(reason)
     assert "--build" in commands[-1]
-    assert "without the CUDA operators: csrc/a_cuda.cu(7): error" in capsys.readouterr().out
+    assert "without the CUDA operators: csrc/glu_cuda.cu(7): error" in capsys.readouterr().out
 
 
 def distribution():
