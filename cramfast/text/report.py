@@ -12,7 +12,7 @@ from cramfast.pages.page import document, figure, table, tile, write_page
 from cramfast.runtime.jsonfile import read_json
 from cramfast.text.curation import SIMILARITY_BINS, dropped_steps
 from cramfast.text.prepared import PreparedText
-from cramfast.text.tokenizer import FIRST_WORD, UNK
+from cramfast.text.specials import FIRST_WORD, UNK
 
 STYLE = """
 td.text { overflow-wrap: anywhere; font-size: .84rem; } td.n.short { width: 9rem; }
