@@ -119,8 +119,9 @@ class TrainConfig:
 
     data: tuple[str, ...] = ()
     """Text files, folders, globs, hf:NAME, or one prepared folder; nothing: docstrings found on this machine."""
-    tokenizer: str = "wordpiece"
-    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), or a tokenizer.json."""
+    tokenizer: str = "auto"
+    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), auto (wordpiece where ASCII can spell the text, else
+    bpe), kmer[:K][:overlapping] (sequences of DNA or proteins), or a tokenizer.json."""
     heldout_fraction: float = 0.01
     """Share of the documents kept out of training."""
     documents: Literal["blocks", "lines", "files"] = "blocks"

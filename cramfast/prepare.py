@@ -7,7 +7,6 @@ The folder appears under its name only when it is complete; what was interrupted
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -22,19 +21,19 @@ from tokenizers import Tokenizer
 from cramfast.config import Curation, from_json
 from cramfast.errors import UserError, command
 from cramfast.text import docstrings
+from cramfast.text.characters import Census, Lost, described, lost_characters, suitable
 from cramfast.text.corpus import Corpus, Documents, find_files
 from cramfast.text.curation import Curator, summary
+from cramfast.text.kmers import is_kmer_name, read_name
+from cramfast.text.learning import Learned
 from cramfast.text.prepared import PARTIAL, is_prepared, read_manifest, verify
 from cramfast.text.splits import SplitWriter, encode
 from cramfast.text.survey import Report, Survey
-from cramfast.text.tokenizer import check_vocab_size, load_tokenizer, lost_share, train_tokenizer, word_count
+from cramfast.text.tokenizer import check_vocab_size, is_trained, load_tokenizer, train_tokenizer, word_count
 
 # Text in another script than the tokenizer's vanishes without a trace in the loss, so the sample is looked at.
-LOST_WARNED, LOST_REFUSED = 0.02, 0.5
-LOST_PIECES, LOST_CHARACTERS = 1000, 500  # of the sample's beginning, a uniform draw; half a second
-
-
-FORMAT = 2  # of a prepared folder; one made before long words were cut into pieces is made anew
+LOST_NOTED, LOST_REFUSED = 0.0001, 0.5
+FORMAT = 3  # of a prepared folder; one made before letters and signs were spelled out in ASCII is made anew
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,11 @@ class Options:
     """Files, folders, globs or hf:NAME[:CONFIG[:SPLIT]]; nothing: docstrings found on this machine."""
     out: Path | None = None
     """Folder to write; nothing: a place in the user's cache, used again for the same text and options."""
-    tokenizer: str = "wordpiece"
-    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), or a tokenizer.json."""
+    tokenizer: str = "auto"
+    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), auto (wordpiece where ASCII can spell the text, else
+    bpe), kmer[:K][:overlapping] (sequences of DNA or proteins), or a tokenizer.json."""
     vocab_size: int = 32768
+    """Most entries of the vocabulary; k-mers have as many as there are."""
     heldout_fraction: float = 0.01
     """Share of the documents kept out of training, chosen by a hash of their text; more of a small text."""
     documents: Documents = "blocks"
@@ -65,7 +66,7 @@ def prepare(
     data: tuple[str, ...],
     out: Path | None,
     *,
-    tokenizer: str = "wordpiece",
+    tokenizer: str = "auto",
     vocab_size: int = 32768,
     heldout_fraction: float = 0.01,
     documents: Documents = "blocks",
@@ -105,7 +106,9 @@ def prepare(
         raise UserError(f"heldout_fraction={heldout_fraction} is not possible — use a value such as 0.01")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed} is not possible — use 0 or more")
-    if tokenizer in ("wordpiece", "bpe"):
+    if is_kmer_name(tokenizer):
+        read_name(tokenizer)
+    elif is_trained(tokenizer):
         check_vocab_size(vocab_size)
     options = Options(data, None, tokenizer, vocab_size, heldout_fraction, documents, text_key, curation, seed)
     key = _key(options)
@@ -177,7 +180,7 @@ def _key(options: Options) -> str:
     """Names a preparation: its options and the size and time of every file it reads."""
     state: list[object] = [FORMAT, {k: v for k, v in asdict(options).items() if k not in ("out", "verify")}]
     files = find_files(tuple(s for s in options.data if not s.startswith("hf:")))
-    if options.tokenizer not in ("wordpiece", "bpe"):
+    if not is_trained(options.tokenizer):
         files.append(Path(options.tokenizer))
     for path in files:
         if path.is_file():
@@ -226,15 +229,18 @@ def _alive(process: int) -> bool:
 
 
 def _write(folder: Path, options: Options, key: str, report: Report) -> None:
-    given = None if options.tokenizer in ("wordpiece", "bpe") else load_tokenizer(Path(options.tokenizer))
+    given = None if is_trained(options.tokenizer) else load_tokenizer(Path(options.tokenizer))
     corpus = Corpus(options.data, options.documents, options.text_key)
     curator = Curator(options.curation)
     survey = Survey(corpus, curator, options.seed, options.heldout_fraction, report)
     curator.finish()
     report("training the tokenizer", 0, 1)
-    tokenizer = given or train_tokenizer(survey.texts(), options.tokenizer, options.vocab_size)
+    census = Census.of(survey.texts())
+    kind = _chosen(options, census)
+    tokenizer = given or _trained(survey, kind, options)
     report("training the tokenizer", 1, 1)
-    lost = _check_lost(tokenizer, survey, options)
+    lost = lost_characters(tokenizer, survey.texts(), census)
+    _check_lost(lost, kind, options)
     survey.sample.clear()
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
@@ -250,20 +256,51 @@ def _write(folder: Path, options: Options, key: str, report: Report) -> None:
             + (f"loosen --curation, which dropped {dropped:,} of {len(curator.verdicts):,}, " if dropped else "")
             + "or use --tokenizer bpe if it is not written in Latin letters"
         )
-    _write_manifest(folder, options, key, splits, curator, tokenizer, lost, writers["train"])
+    _write_manifest(folder, options, key, splits, curator, tokenizer, (kind, lost), writers["train"])
 
 
-def _check_lost(tokenizer: Tokenizer, survey: Survey, options: Options) -> float:
-    """Share of the sample's characters without a token; above LOST_WARNED it is said, above LOST_REFUSED refused."""
-    texts = itertools.islice(survey.texts(), LOST_PIECES)
-    lost = lost_share(tokenizer, (text[:LOST_CHARACTERS] for text in texts))
-    what = f"{' '.join(options.data)}: {lost:.0%} of the characters have no token in {options.tokenizer}"
+def _chosen(options: Options, census: Census) -> str:
+    """The tokenizer that was asked for; what auto takes is said, unless it is the usual."""
+    if options.tokenizer != "auto":
+        return options.tokenizer
+    kind, why = suitable(census)
+    if kind != "wordpiece":
+        print(
+            f"note: --tokenizer auto takes {kind}, which keeps case and all of Unicode: {why}; --tokenizer wordpiece "
+            "is the other, kmer is for DNA and proteins",
+            file=sys.stderr,
+        )
+    return kind
+
+
+def _trained(survey: Survey, kind: str, options: Options) -> Tokenizer:
+    """A tokenizer learned from the sample; what it did not learn from is said."""
+    learned = Learned()
+    tokenizer = train_tokenizer(survey.texts(), kind, options.vocab_size, learned)
+    if left_out := learned.note():
+        print(
+            f"note: {' '.join(options.data)}: the tokenizer did not learn from all of its sample, left out were "
+            f"{left_out}; training reads them all the same",
+            file=sys.stderr,
+        )
+    if kind.endswith(":overlapping"):
+        print(
+            "note: the letters of an overlapping k-mer stand in its neighbours, from which a hidden one can be read; "
+            f"--tokenizer {kind.removesuffix(':overlapping')} has none of this",
+            file=sys.stderr,
+        )
+    return tokenizer
+
+
+def _check_lost(lost: Lost, kind: str, options: Options) -> None:
+    """Characters without a token: above LOST_NOTED of them it is said, above LOST_REFUSED refused."""
+    commonest = ", ".join(described(*each) for each in lost.commonest())
+    what = f"{' '.join(options.data)}: {lost.share:.2%} of the characters have no token in {kind} ({commonest})"
     remedy = "--tokenizer bpe has one for every character"
-    if lost > LOST_REFUSED:
+    if lost.share > LOST_REFUSED:
         raise UserError(f"{what} — {remedy}")
-    if lost > LOST_WARNED:
+    if lost.share > LOST_NOTED:
         print(f"note: {what}; {remedy}", file=sys.stderr)
-    return lost
 
 
 def _write_manifest(
@@ -273,7 +310,7 @@ def _write_manifest(
     splits: dict,
     curator: Curator,
     tokenizer: Tokenizer,
-    lost: float,
+    taken: tuple[str, Lost],
     train: SplitWriter,
 ) -> None:
     files = {}
@@ -281,16 +318,19 @@ def _write_manifest(
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    kind, lost = taken
     probability = train.histogram[train.histogram > 0] / train.tokens
     manifest = {
         "version": 1,
         "key": key,
-        "tokenizer": Path(options.tokenizer).name,
+        "tokenizer": Path(kind).name,
+        "tokenizer_asked": Path(options.tokenizer).name,
         "tokenizer_sha256": files["tokenizer.json"]["sha256"],
         "vocab_size": tokenizer.get_vocab_size(),
         "word_count": word_count(tokenizer),
         "ids_dtype": train.dtype.name,
-        "lost_share": lost,
+        "lost_share": lost.share,
+        "lost_characters": {f"U+{ord(character):04X}": share for character, share in lost.commonest()},
         "documents": options.documents,
         "text_key": options.text_key,
         "seed": options.seed,

@@ -21,10 +21,11 @@ import pyarrow.parquet
 from backports import zstd
 
 from cramfast.errors import UserError
+from cramfast.text import fasta
 from cramfast.text.prepared import PARTIAL, is_prepared
 
 Documents = Literal["blocks", "lines", "files"]
-FORMATS = (".txt", ".jsonl", ".parquet")
+FORMATS = (".txt", ".jsonl", ".parquet", *fasta.SUFFIXES)
 COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
 # Longest piece of a document held at once, in characters. A file without a single blank line is one document; it is
 # cut here (between lines where it has lines), far above any sequence length, so that memory stays bounded.
@@ -150,6 +151,8 @@ def read_documents(sources: tuple[str, ...], documents: Documents = "blocks", te
                 yield from _read_parquet(path, text_key)
             elif kind == ".jsonl":
                 yield from _read_jsonl(path, text_key)
+            elif kind in fasta.SUFFIXES:
+                yield from fasta.records(read_lines(path), str(path))
             else:
                 yield from _split_text(path, documents)
 

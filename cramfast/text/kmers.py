@@ -43,18 +43,16 @@ class Kmers:
         Raises:
             UserError: another name, or more k-mers than a vocabulary can hold.
         """
-        found = re.fullmatch(r"kmer(?::([1-9]))?(:overlapping)?", name)
-        if found is None:
-            raise UserError(f"tokenizer={name!r} is no k-mer tokenizer — give {SPELLED} with K from 1 to 9")
+        asked, overlapping = read_name(name)
         alphabet = _alphabet_of(texts)
-        k = int(found[1] or DEFAULT[alphabet])
+        k = asked or DEFAULT[alphabet]
         if len(alphabet) ** k > MOST_ENTRIES:
             most = next(i for i in range(k, 0, -1) if len(alphabet) ** i <= MOST_ENTRIES)
             raise UserError(
                 f"tokenizer={name!r} has {len(alphabet) ** k:,} entries for {len(alphabet)} letters — use kmer:{most} "
                 "or less, or --tokenizer bpe"
             )
-        return Kmers(alphabet, k, bool(found[2]) and k > 1)
+        return Kmers(alphabet, k, overlapping and k > 1)
 
     @staticmethod
     def of(tokenizer: Tokenizer) -> "Kmers | None":
@@ -130,6 +128,18 @@ class Kmers:
 def is_kmer_name(name: str) -> bool:
     """Whether a tokenizer's name asks for k-mers."""
     return name.partition(":")[0] == "kmer"
+
+
+def read_name(name: str) -> tuple[int, bool]:
+    """(k or 0 for the usual one, whether they overlap) of "kmer[:K][:overlapping]".
+
+    Raises:
+        UserError: another name.
+    """
+    found = re.fullmatch(r"kmer(?::([1-9]))?(:overlapping)?", name)
+    if found is None:
+        raise UserError(f"tokenizer={name!r} is no k-mer tokenizer — give {SPELLED} with K from 1 to 9")
+    return int(found[1] or 0), bool(found[2])
 
 
 def cutting(parts: dict) -> Kmers | None:

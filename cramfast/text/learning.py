@@ -87,4 +87,4 @@ def is_dump(stretch: str) -> bool:
     if HEX.fullmatch(body):
         return 0.1 < digits / len(body) < 1
     upper, lower = (sum(map(kind, body)) for kind in (str.isupper, str.islower))
-    return len(body) >= BASE64_FROM and digits >= 0.05 * len(body) and min(upper, lower) >= 0.2 * len(body)
+    return len(body) >= BASE64_FROM and digits >= 0.025 * len(body) and min(upper, lower) >= 0.2 * len(body)
