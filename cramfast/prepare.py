@@ -21,11 +21,12 @@ from tokenizers import Tokenizer
 from cramfast.config import Curation, from_json
 from cramfast.errors import UserError, command
 from cramfast.text import docstrings
-from cramfast.text.characters import Census, Lost, described, lost_characters, suitable
+from cramfast.text.census import Census
 from cramfast.text.corpus import Corpus, Documents, find_files
 from cramfast.text.curation import Curator, summary
 from cramfast.text.kmers import is_kmer_name, read_name
 from cramfast.text.learning import Learned
+from cramfast.text.lost import Lost, described, lost_characters, suitable
 from cramfast.text.prepared import PARTIAL, is_prepared, read_manifest, verify
 from cramfast.text.splits import SplitWriter, encode
 from cramfast.text.survey import Report, Survey

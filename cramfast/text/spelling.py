@@ -2,7 +2,7 @@
 
 The rules are the normalizer in tokenizer.json, of steps that the tokenizers library and its JavaScript port both have,
 so that training and every reader of an export see the same text. What has no spelling here is dropped, and counted
-(`cramfast.text.characters`): text in another script belongs in byte-level BPE.
+(`cramfast.text.lost`): text in another script belongs in byte-level BPE.
 """
 
 import functools

@@ -3,12 +3,14 @@
 import json
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from cramfast.errors import UserError
+from cramfast.text import bytebpe
+from cramfast.text.bytebpe import LONGEST_WORD
 from cramfast.text.kmers import Kmers, is_kmer_name
 from cramfast.text.learning import LEAST_PROSE, Learned, longest_word, to_learn_from
 from cramfast.text.specials import CLS, FIRST_WORD, SEP, SPECIAL_TOKENS
@@ -19,20 +21,9 @@ SPACES = dict.fromkeys([*range(32), 127], " ")
 VOCAB_MULTIPLE = 64  # rows of the decoder matrix, so that its matmul tiles are full
 # A longer word is no word of a language but a genome, a protein, a key: it is cut. Its pieces are learned like any
 # others, so that a run of 70 letters and one of 7,000 are made of the same. docs/decisions/0015.
-LONGEST_WORD = 100  # characters
 LONG = re.compile(f"[a-z0-9]{{{LONGEST_WORD + 1},}}")
-LONGEST_ENTRY = 64  # bytes of byte-level BPE: twenty letters of Thai or Chinese, no sentence that came twice
 INNER = tuple("##" + letter for letter in string.digits + string.ascii_lowercase)  # each letter inside a word
 SIGN = re.compile(f"[{KEPT}]")
-LETTER, JOINER = "\\p{L}\\p{M}", "\u200c\u200d"  # joiners: zero-width, in words of Persian and of Indian languages
-# GPT-2's pattern, but that marks belong to their letters, and numbers are cut into groups of three at most.
-BPE_WORDS = (
-    "'(?:[sdmt]|ll|ve|re)"
-    f"| ?[{LETTER}][{LETTER}{JOINER}]{{0,{LONGEST_WORD - 1}}}"
-    "| ?\\p{N}{1,3}"
-    f"| ?[^\\s{LETTER}\\p{{N}}][^\\s\\p{{L}}\\p{{N}}]{{0,{LONGEST_WORD - 1}}}"
-    "|\\s+(?!\\S)|\\s+"
-)
 
 
 def is_trained(kind: str) -> bool:
@@ -58,12 +49,17 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, learned: L
     check_vocab_size(vocab_size)
     if kind not in ("wordpiece", "bpe"):
         raise UserError(f"tokenizer={kind!r} is neither auto, wordpiece, bpe, kmer, nor a file — check the path")
-    train = _train_wordpiece if kind == "wordpiece" else _train_bpe
     learned, texts = Learned() if learned is None else learned, list(texts)
-    tokenizer = train(to_learn_from(texts, learned), vocab_size)
-    if learned.read and learned.dumps > (1 - LEAST_PROSE) * learned.read:
+
+    def train(learn_from: Callable[[], Iterable[str]]) -> Tokenizer:
+        if kind == "bpe":
+            return bytebpe.train(texts, learn_from, vocab_size)
+        return _train_wordpiece(learn_from(), vocab_size)
+
+    tokenizer = train(lambda: to_learn_from(texts, learned))
+    if learned.dumps > (1 - LEAST_PROSE) * learned.read:
         learned.forget()
-        tokenizer = train(texts, vocab_size)
+        tokenizer = train(lambda: texts)
     return _finish(tokenizer)
 
 
@@ -120,41 +116,6 @@ def _words_to_learn(text: str) -> str:
     if longest_word(text) > LONGEST_WORD:
         text = LONG.sub(lambda word: " ".join(re.findall(f".{{1,{LONGEST_WORD}}}", word[0])), text)
     return text
-
-
-def byte_level() -> Tokenizer:
-    """Byte-level BPE without merges yet: case and all of Unicode kept, in composed form.
-
-    A word at the beginning has the space before it that the others have: words that are given one by one, as in named
-    entity recognition, are the same tokens as in a sentence.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFC(),
-            normalizers.Prepend(" "),
-            normalizers.Replace(Regex("(?<![\\s\\S]) (?=[^\\p{L}\\p{N}])"), ""),
-        ]
-    )
-    words = pre_tokenizers.Split(Regex(BPE_WORDS), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    tokenizer = byte_level()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        max_token_length=LONGEST_ENTRY,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
 
 
 def _finish(tokenizer: Tokenizer) -> Tokenizer:

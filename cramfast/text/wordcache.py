@@ -14,10 +14,11 @@ import numba
 import numpy as np
 from tokenizers import Tokenizer
 
+from cramfast.text.bytebpe import byte_level
 from cramfast.text.kmers import Kmers
 from cramfast.text.specials import SEP
 from cramfast.text.spelling import ascii_of
-from cramfast.text.tokenizer import byte_level, wordpiece
+from cramfast.text.tokenizer import wordpiece
 from cramfast.text.wordpieces import KINDS, LETTER, OTHER, SIGN, SPACE, Pieces
 
 SLOTS = 1 << 23  # of the hash table; 32 MB, touched only where used

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from cramfast.errors import UserError
-from cramfast.text.characters import Census, described, lost_characters, suitable
+from cramfast.text.census import Census
 from cramfast.text.kmers import AMINO_ACIDS, NUCLEOTIDES, Kmers
 from cramfast.text.learning import LEARNED_FROM, Learned, is_dump, to_learn_from
+from cramfast.text.lost import described, lost_characters, suitable
 from cramfast.text.specials import FIRST_WORD, SPECIAL_TOKENS, UNK
 from cramfast.text.spelling import KEPT, ascii_of, normalizer
 from cramfast.text.tokenizer import (
@@ -110,7 +111,7 @@ def test_every_character_of_a_text_counts_alike(make):
 def test_the_commonest_lost_characters_are_named_and_never_control_a_terminal():
     own = train_tokenizer(TEXTS, "wordpiece", 512)
     lost = lost_characters(own, ["жжж яя 日本本 a\x1b[31m \u202e \ue000 b"])
-    assert lost.commonest(3) == [("ж", 3 / 15), ("本", 2 / 15), ("я", 2 / 15)] or lost.total != 15
+    assert lost.commonest(3) == [("ж", 3 / 15), ("я", 2 / 15), ("本", 2 / 15)]
     names = [described(*each) for each in lost.commonest()]
     assert names[0].startswith("ж U+0436 ") and not any(c in "".join(names) for c in "\x1b\u202e\ue000")
     assert any(name.startswith("U+E000 ") for name in names)
@@ -118,7 +119,7 @@ def test_the_commonest_lost_characters_are_named_and_never_control_a_terminal():
 
 def test_words_that_a_given_vocabulary_cannot_spell_are_lost_whole():
     parts = json.loads(without_letters_outside_ascii(TEXTS).to_str())
-    parts["normalizer"] = None
+    parts["normalizer"], parts["pre_tokenizer"] = None, {"type": "BertPreTokenizer"}
     given = Tokenizer.from_str(json.dumps(parts))
     assert lost_characters(given, ["the dog", "naïve dog"]).share == pytest.approx(5 / 14)
     assert lost_characters(given, ["the Dog"]).counts == {"D": 1, "o": 1, "g": 1}
@@ -209,7 +210,12 @@ def test_scripts_without_spaces_learn_pieces_inside_runs(script):
     texts = ["".join(rng.choices(words, k=rng.choice((9, 60, 200)))) for _ in range(300)]
     tokenizer = train_tokenizer(texts, "bpe", 2048)
     pieces = [tokenizer.decode([i]) for i in range(FIRST_WORD, word_count(tokenizer))]
-    assert max(map(len, pieces)) <= 64 and sum(word in pieces for word in words) > 20
+    assert (
+        max(map(len, pieces)) <= 32
+        and not any("\ufffd" in piece for piece in pieces[300:])
+       
+    assert sum(word in pieces for word in words) > 20
+    )
     characters, tokens = (sum(map(len, each)) for each in (texts, map(tokenizer.encode, texts)))
     assert characters / tokens > 3
     assert_same_ids(tokenizer, texts[:20])
@@ -377,8 +383,12 @@ def test_the_length_of_a_run_does_not_decide_its_pieces(genome_pair):
         whole = tokenizer.encode(sequence, add_special_tokens=False)
         hundred = tokenizer.encode(sequence[:LONGEST_WORD], add_special_tokens=False).ids
         assert whole.ids[: len(hundred)] == hundred and UNK not in whole.ids
-        rates = [n / len(tokenizer.encode(sequence[:n], add_special_tokens=False)) for n in (70, 101, 5000)]
-        assert max(rates) < 1.15 * min(rates)
+        rates = [
+            n * len(starts) / sum(len(tokenizer.encode(sequence[i : i + n], add_special_tokens=False)) for i in starts)
+            for n in (70, 101, 500)
+            for starts in [range(0, 4500, 100)]
+        ]
+        assert max(rates) < 1.1 * min(rates)
         assert lost_characters(tokenizer, [sequence]).share == 0
 
 
@@ -489,7 +499,7 @@ def test_stock_transformers_reads_the_same_ids(tmp_path, kind):
     stock.save_pretrained(tmp_path / "again")
     again = AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again(texts)["input_ids"] == [tokenizer.encode(text).ids for text in texts]
-    words = "The red dog isn't as lazy as that .".split()
+    words = ["The", "red", "dog", "isn't", "as", "lazy", "as", "that", "."]
     if kind in KINDS:
         assert (
             stock(words, is_split_into_words=True)["input_ids"]
