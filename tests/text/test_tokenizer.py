@@ -210,12 +210,8 @@ def test_scripts_without_spaces_learn_pieces_inside_runs(script):
     texts = ["".join(rng.choices(words, k=rng.choice((9, 60, 200)))) for _ in range(300)]
     tokenizer = train_tokenizer(texts, "bpe", 2048)
     pieces = [tokenizer.decode([i]) for i in range(FIRST_WORD, word_count(tokenizer))]
-    assert (
-        max(map(len, pieces)) <= 32
-        and not any("\ufffd" in piece for piece in pieces[300:])
-       
+    assert max(map(len, pieces)) <= 32 and not any("\ufffd" in piece for piece in pieces[300:])
     assert sum(word in pieces for word in words) > 20
-    )
     characters, tokens = (sum(map(len, each)) for each in (texts, map(tokenizer.encode, texts)))
     assert characters / tokens > 3
     assert_same_ids(tokenizer, texts[:20])
