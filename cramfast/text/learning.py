@@ -7,7 +7,7 @@ from dataclasses import dataclass
 # One base64 attachment in ten documents would fill the vocabulary with its chance pairs of letters.
 HEX_FROM, BASE64_FROM = 32, 40  # characters: an MD5 sum; less than a line of base64, more than words of a language
 DUMP = re.compile(
-    f"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{{{HEX_FROM},}}={{0,2}}(?:\\r?\\n[A-Za-z0-9+/]{{2,}}={{1,2}}(?![^\\s]))?"
+    f"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{{{HEX_FROM},}}={{0,2}}(?:\\r?\\n[A-Za-z0-9+/]{{2,}}={{1,2}}(?![^\\s]))?\\s*"
 )
 HEX = re.compile("[0-9a-fA-F]*")
 RUN_FROM = 101  # letters: no word of a language, but a genome, a protein
@@ -52,9 +52,9 @@ def to_learn_from(texts: Iterable[str], learned: Learned) -> Iterator[str]:
     def drop(found: re.Match) -> str:
         if not is_dump(found[0]):
             return found[0]
-        learned.dumps += len(found[0])
+        learned.dumps += len(found[0].rstrip())
         learned.stretches += 1
-        return " "
+        return ""
 
     left = LEARNED_FROM
 
@@ -82,9 +82,9 @@ def longest_word(text: str) -> int:
 
 def is_dump(stretch: str) -> bool:
     """Whether a stretch of base64's letters is that, or hexadecimal: digits and letters mixed as chance mixes them."""
-    body = stretch.partition("=")[0].partition("\n")[0].rstrip("\r")
+    body = stretch.split()[0].rstrip("=")
     digits = sum(map(body.count, "0123456789"))
     if HEX.fullmatch(body):
         return 0.1 < digits / len(body) < 1
     upper, lower = (sum(map(kind, body)) for kind in (str.isupper, str.islower))
-    return len(body) >= BASE64_FROM and digits >= 0.025 * len(body) and min(upper, lower) >= 0.2 * len(body)
+    return len(body) >= BASE64_FROM and digits >= 0.025 * len(body) and min(upper, lower) >= 0.16 * len(body)
