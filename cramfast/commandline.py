@@ -16,6 +16,7 @@ from cramfast.runtime import distributed
 from cramfast.runtime.arguments import VOCABULARY, program, under_one_name
 from cramfast.session.runfolder import find_resumed, new_name
 from cramfast.text import hub
+from cramfast.text.tokenizer import is_trained
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ def parse(args: list[str] | None = None) -> Request:
 def located(config: TrainConfig) -> TrainConfig:
     """The config with absolute paths to text, tokenizer and probe, which mean the same wherever the run is resumed."""
     data = (hub.located(source) if hub.is_hub(source) else os.path.abspath(source) for source in config.data)
-    trained = config.tokenizer in ("wordpiece", "bpe")
-    tokenizer = config.tokenizer if trained else os.path.abspath(config.tokenizer)
+    tokenizer = config.tokenizer if is_trained(config.tokenizer) else os.path.abspath(config.tokenizer)
     probe_data = config.probe_data and os.path.abspath(config.probe_data)
     return replace(config, data=tuple(data), tokenizer=tokenizer, probe_data=probe_data)
 

@@ -120,15 +120,16 @@ class TrainConfig:
 
     data: tuple[str, ...] = ()
     """Text files, folders, globs, hf:NAME, or one prepared folder; nothing: docstrings found on this machine."""
-    tokenizer: str = "wordpiece"
-    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), or a tokenizer.json."""
+    tokenizer: str = "auto"
+    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), auto (wordpiece where ASCII can spell the text, else
+    bpe), kmer[:K][:overlapping] (sequences of DNA or proteins), or a tokenizer.json."""
     heldout_fraction: float = 0.01
     """Share of the tokens kept out of training; more of a small text, which is said."""
     documents: Literal["blocks", "lines", "files"] = "blocks"
     """What a document is in a .txt file: a block between blank lines, a line, or the whole file."""
     text_key: str = "text"
     """Field of .jsonl, column of tables that holds the text; OUTER.INNER for one in another."""
-    format: Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "arrow", "wikiextractor"] = "auto"
+    format: Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "arrow", "wikiextractor", "fasta"] = "auto"
     """What all files are, whatever their names; auto goes by these."""
     encoding: str = "utf-8"
     """Of text files and rows in them, such as latin-1 or utf-16."""

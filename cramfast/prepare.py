@@ -7,7 +7,6 @@ The folder appears under its name only when it is complete; what was interrupted
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -23,23 +22,24 @@ from cramfast.config import Curation, from_json
 from cramfast.errors import UserError, command, note
 from cramfast.runtime.arguments import VOCABULARY, program, under_one_name
 from cramfast.text import docstrings, hub
+from cramfast.text.census import Census
 from cramfast.text.corpus import Corpus, Documents
 from cramfast.text.curation import Curator, summary
 from cramfast.text.files import Format, find_files
 from cramfast.text.giventokenizer import given_tokenizer
+from cramfast.text.kmers import is_kmer_name, read_name
 from cramfast.text.lines import check_encoding
+from cramfast.text.lost import Lost, lost_characters
 from cramfast.text.prepared import PARTIAL, is_prepared, read_manifest, verify
 from cramfast.text.said import Notes, check_splits, few_entries
 from cramfast.text.splits import SplitWriter, encode
 from cramfast.text.survey import Report, Survey
-from cramfast.text.tokenizer import check_vocab_size, lost_share, train_tokenizer, word_count
+from cramfast.text.tokenizer import check_vocab_size, is_trained, word_count
+from cramfast.text.tokenizerchoice import check_lost, choose, learn
 
-# Text in another script than the tokenizer's vanishes without a trace in the loss, so the sample is looked at.
-LOST_WARNED, LOST_REFUSED = 0.02, 0.5
-LOST_PIECES, LOST_CHARACTERS = 1000, 500  # of the sample's beginning, a uniform draw; half a second
-
-
-FORMAT = 3  # of a prepared folder; one whose held-out side is a share of its documents, not its tokens, is made anew
+# Of a prepared folder. Made anew are those whose held-out side is a share of documents, or whose letters and signs were
+# not spelled out in ASCII.
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class Options:
     """Files, folders, globs or hf:NAME[:CONFIG[:SPLIT]]; nothing: docstrings found on this machine."""
     out: Path | None = None
     """Folder to write; nothing: a place in the user's cache, used again for the same text and options."""
-    tokenizer: str = "wordpiece"
-    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), or a tokenizer.json."""
+    tokenizer: str = "auto"
+    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), auto (wordpiece where ASCII can spell the text, else
+    bpe), kmer[:K][:overlapping] (sequences of DNA or proteins), or a tokenizer.json."""
     vocab_size: int = 32768
-    """Entries of the vocabulary, a multiple of 64; --model.vocab-size, its name in cramfast.train, is taken too."""
+    """Most entries of the vocabulary, a multiple of 64; k-mers have as many as there are. --model.vocab-size, its name
+    in cramfast.train, is taken too."""
     heldout_fraction: float = 0.01
     """Share of the tokens kept out of training, chosen by a hash of the text; more of a small text, which is said."""
     documents: Documents = "blocks"
@@ -77,7 +79,7 @@ def prepare(
     data: tuple[str, ...],
     out: Path | None,
     *,
-    tokenizer: str = "wordpiece",
+    tokenizer: str = "auto",
     vocab_size: int = 32768,
     heldout_fraction: float = 0.01,
     documents: Documents = "blocks",
@@ -123,7 +125,9 @@ def prepare(
     if skip_malformed < 0:
         raise UserError(f"skip_malformed={skip_malformed} is not possible — use 0 or more")
     check_encoding(encoding)
-    if tokenizer in ("wordpiece", "bpe"):
+    if is_kmer_name(tokenizer):
+        read_name(tokenizer)
+    elif is_trained(tokenizer):
         check_vocab_size(vocab_size)
     reading = (documents, text_key, format, encoding, skip_malformed)
     options = Options(data, None, tokenizer, vocab_size, heldout_fraction, *reading, curation, seed)
@@ -209,7 +213,7 @@ def _key(options: Options) -> str:
     state: list[object] = [FORMAT, {k: v for k, v in asdict(options).items() if k not in ("out", "verify")}]
     files = find_files(options.data, options.format)
     state += (hub.state(source) for source in options.data if hub.is_hub(source))
-    if options.tokenizer not in ("wordpiece", "bpe"):
+    if not is_trained(options.tokenizer):
         files.append(Path(options.tokenizer))
     for path in files:
         if path.is_file():
@@ -259,7 +263,7 @@ def _alive(process: int) -> bool:
 
 def _write(folder: Path, options: Options, key: str, report: Report) -> None:
     given, notes, source = None, Notes(), " ".join(options.data)
-    if options.tokenizer not in ("wordpiece", "bpe"):
+    if not is_trained(options.tokenizer):
         given, mended = given_tokenizer(Path(options.tokenizer))
         notes.say(*mended)
     reading = (options.documents, options.text_key, options.format, options.encoding, options.skip_malformed)
@@ -269,10 +273,18 @@ def _write(folder: Path, options: Options, key: str, report: Report) -> None:
     curator.finish()
     notes.say(*corpus.notes())
     report("training the tokenizer", 0, 1)
-    tokenizer = given or train_tokenizer(survey.texts(), options.tokenizer, options.vocab_size)
+    census = Census.of(survey.texts())
+    kind, why = choose(options.tokenizer, census)
+    notes.say(why)
+    if given is None:
+        tokenizer, left_out = learn(survey, kind, options.vocab_size, source)
+        notes.say(*left_out)
+    else:
+        tokenizer = given
     report("training the tokenizer", 1, 1)
     notes.say("" if given else few_entries(source, tokenizer, survey, options.vocab_size))
-    lost = _check_lost(tokenizer, survey, options, notes)
+    lost = lost_characters(tokenizer, survey.texts(), census)
+    notes.say(check_lost(lost, kind, source))
     survey.sample.clear()
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
@@ -281,21 +293,8 @@ def _write(folder: Path, options: Options, key: str, report: Report) -> None:
     findings = json.dumps(curator.findings(encoder.originals), indent=1, ensure_ascii=False)
     (folder / "curation.json").write_text(findings + "\n", encoding="utf-8", errors="replace")
     splits = {name: writer.close() for name, writer in writers.items()}
-    notes.say(*check_splits(source, writers, survey, curator, options.tokenizer, options.heldout_fraction))
-    _write_manifest(folder, options, key, splits, curator, tokenizer, lost, writers, notes)
-
-
-def _check_lost(tokenizer: Tokenizer, survey: Survey, options: Options, notes: Notes) -> float:
-    """Share of the sample's characters without a token; above LOST_WARNED it is said, above LOST_REFUSED refused."""
-    texts = itertools.islice(survey.texts(), LOST_PIECES)
-    lost = lost_share(tokenizer, (text[:LOST_CHARACTERS] for text in texts))
-    what = f"{' '.join(options.data)}: {lost:.0%} of the characters have no token in {options.tokenizer}"
-    remedy = "--tokenizer bpe has one for every character"
-    if lost > LOST_REFUSED:
-        raise UserError(f"{what} — {remedy}")
-    if lost > LOST_WARNED:
-        notes.say(f"{what}; {remedy}")
-    return lost
+    notes.say(*check_splits(source, writers, survey, curator, kind, options.heldout_fraction))
+    _write_manifest(folder, options, key, splits, curator, tokenizer, (kind, lost), writers, notes)
 
 
 def _write_manifest(
@@ -305,7 +304,7 @@ def _write_manifest(
     splits: dict,
     curator: Curator,
     tokenizer: Tokenizer,
-    lost: float,
+    taken: tuple[str, Lost],
     writers: dict[str, SplitWriter],
     notes: Notes,
 ) -> None:
@@ -314,16 +313,19 @@ def _write_manifest(
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    kind, lost = taken
     probability = train.histogram[train.histogram > 0] / train.tokens
     manifest = {
         "version": 1,
         "key": key,
-        "tokenizer": Path(options.tokenizer).name,
+        "tokenizer": Path(kind).name,
+        "tokenizer_asked": Path(options.tokenizer).name,
         "tokenizer_sha256": files["tokenizer.json"]["sha256"],
         "vocab_size": tokenizer.get_vocab_size(),
         "word_count": word_count(tokenizer),
         "ids_dtype": train.dtype.name,
-        "lost_share": lost,
+        "lost_share": lost.share,
+        "lost_characters": {f"U+{ord(character):04X}": share for character, share in lost.commonest()},
         "documents": options.documents,
         "text_key": options.text_key,
         "format": options.format,

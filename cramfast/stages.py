@@ -21,6 +21,7 @@ from cramfast.session.microbatch import graph_choice
 from cramfast.session.record import Record, read_record
 from cramfast.text.curation import summary
 from cramfast.text.prepared import is_prepared, read_manifest
+from cramfast.text.tokenizer import is_trained
 
 
 def choose_kernels(config: TrainConfig, followed: Path | None = None) -> None:
@@ -77,6 +78,8 @@ def as_prepared(request: Request) -> TrainConfig:
         prepare.check_curation(folder, config.curation, request.curation_flags)
         told["curation"] = prepare.curation_of(folder)
     prepared, asked = replace(config, **told), flatten(config)
+    if config.tokenizer == manifest.get("tokenizer_asked"):  # auto, there as here
+        asked["tokenizer"] = prepared.tokenizer
     if changed := [f"{key}={value}" for key, value in flatten(prepared).items() if value != asked[key]]:
         print(f"note: {folder} was prepared with {', '.join(changed)}, and stays so")
     return prepared
@@ -117,7 +120,7 @@ def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
 
 def larger_model(asked: TrainConfig, fitted: TrainConfig) -> str:
     """A line where a prepared vocabulary makes the model larger than the one that was asked for; else nothing."""
-    if fitted.model.vocab_size <= asked.model.vocab_size or asked.tokenizer not in ("wordpiece", "bpe"):
+    if fitted.model.vocab_size <= asked.model.vocab_size or not is_trained(asked.tokenizer):
         return ""
     before, after = (short(parameter_count(config.model)) for config in (asked, fitted))
     return (

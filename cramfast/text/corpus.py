@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from cramfast.text import lines
+from cramfast.text.fasta import read_fasta
 from cramfast.text.files import Format, Listing, file_format, list_files
 from cramfast.text.hub import is_hub, read_dataset
 from cramfast.text.lines import pieces, read_lines, ready_pieces
@@ -23,6 +24,7 @@ READERS: dict[Format, Callable[[Path, str, str, Tally], Iterator[str]]] = {
     "parquet": read_parquet,
     "arrow": read_arrow,
     "wikiextractor": read_wikiextractor,
+    "fasta": read_fasta,
 }
 
 

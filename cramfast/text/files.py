@@ -13,7 +13,7 @@ from cramfast.errors import UserError
 from cramfast.text.compressed import COMPRESSIONS
 from cramfast.text.prepared import PARTIAL, is_prepared
 
-Format = Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "arrow", "wikiextractor"]
+Format = Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "arrow", "wikiextractor", "fasta"]
 FORMATS: dict[str, Format] = {
     ".txt": "text",
     ".jsonl": "jsonl",
@@ -23,6 +23,10 @@ FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    ".fasta": "fasta",
+    ".fa": "fasta",
+    ".fna": "fasta",
+    ".faa": "fasta",
 }
 WIKIEXTRACTOR = re.compile(r"wiki_\d\d+")  # its files have no ending
 NAMED = 4  # of what was passed over, in a message

@@ -5,7 +5,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from cramfast.errors import UserError
-from cramfast.text.tokenizer import CLS, MASK, SEP, framing, load_tokenizer
+from cramfast.text.specials import CLS, MASK, SEP
+from cramfast.text.tokenizer import framing, load_tokenizer
 
 TRIED = ("a word, another word and a number: 12", "a")  # a text, and the second of a pair
 

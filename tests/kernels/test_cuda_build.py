@@ -25,7 +25,9 @@ def module(monkeypatch):
 
     stand_in = SimpleNamespace(
         cuda=True, cuda_operators=("attention", "glu", "layernorm_glu"), cuda_architectures=ALL, cuda_toolkit="13.0.88",
-        cuda_missing="", Cuda=int, empty_launch=lambda device: None, cuda_versions=versions, cuda_code_path=code_path, driver=13000, runtime=13000, answer=860,
+        cuda_missing="", Cuda=int,
+        empty_launch=lambda device: None, cuda_versions=versions,
+        cuda_code_path=code_path, driver=13000, runtime=13000, answer=860,
     )  # fmt: skip
     monkeypatch.setattr(extension, "module", stand_in)
     monkeypatch.setattr(dispatch, "architecture", lambda device: stand_in.card)

@@ -7,7 +7,8 @@ from cramfast.errors import UserError
 from cramfast.prepare import prepare
 from cramfast.text.giventokenizer import given_tokenizer
 from cramfast.text.prepared import read_manifest
-from cramfast.text.tokenizer import CLS, MASK, SEP, train_tokenizer
+from cramfast.text.specials import CLS, MASK, SEP
+from cramfast.text.tokenizer import train_tokenizer
 
 TEXTS = [f"Words of a text, the {number}th, that a tokenizer learns from." for number in range(200)]
 
