@@ -38,6 +38,7 @@ PACKAGES = (
 )
 BUILDS = ("baseline", "avx2", "avx512", "avx512_bf16")  # what csrc/cpu_dispatch.cpp knows as CRAMFAST_CPU
 DRIVER = Path("/proc/driver/nvidia/version")
+NARROWEST = 100  # characters of a table: in fewer, names of operators and implementations would be cut
 SHAPES_CHECKED = 2  # of each Case: a plain one and one with other options
 
 
@@ -311,8 +312,9 @@ def main() -> None:
     device = default_device() if device == "auto" else device
     kernelchoice.override(arguments.kernels, device)
     console = Console()
-    _print(console, "Machine", ("", ""), machine())
-    _print(console, "Versions", ("", ""), versions())
+    console.width = max(console.width, NARROWEST)
+    _print_pairs(console, "Machine", machine())
+    _print_pairs(console, "Versions", versions())
     checks = check_operators(device)
     rows = [_row(check) for check in checks]
     names = ("op", "dtype", "runs", "error/allowed", "check", "why this one")
@@ -349,14 +351,25 @@ def _row(check: Check) -> tuple[str, ...]:
     )
 
 
+def _print_pairs(console, title: str, rows: list[tuple[str, str]]) -> None:
+    """A line to a pair, however long: only the terminal breaks it, so that a value can be searched for and copied."""
+    from rich.markup import escape
+
+    width = max(len(name) for name, _ in rows)
+    console.print(f"\n[bold]{title}[/]")
+    for name, value in rows:
+        console.print(f"{name:<{width}}  {escape(value)}", soft_wrap=True, highlight=False)
+
+
 def _print(console, title: str, names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD if any(names) else None, show_header=any(names), padding=(0, 2, 0, 0))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0))
     for place, name in enumerate(names):
-        table.add_column(name, no_wrap=place == 0 or (len(names) > 3 and place < len(names) - 1))
+        short = place == 0 or (len(names) > 3 and place < len(names) - 1)
+        table.add_column(name, no_wrap=short, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row), style="red" if "WRONG" in row else None)
     console.print(f"\n[bold]{title}[/]")

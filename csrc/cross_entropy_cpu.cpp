@@ -8,7 +8,7 @@
 namespace cramfast::CRAMFAST_ISA {
 namespace {
 
-constexpr std::int64_t lanes = 64;  // independent partial sums: keeps float32 sums over 32,768 terms accurate
+constexpr int lanes = 64;  // independent partial sums: keeps float32 sums over 32,768 terms accurate
 
 template <class T>
 float row_log_sum_exp(const T* __restrict z, std::int64_t V) {
@@ -18,16 +18,9 @@ float row_log_sum_exp(const T* __restrict z, std::int64_t V) {
     const float value = widen(z[v]);
     largest = value > largest ? value : largest;
   }
-  alignas(64) float partial[lanes] = {};
-  std::int64_t v = 0;
-  for (; v + lanes <= V; v += lanes) {
-#pragma omp simd
-    for (std::int64_t lane = 0; lane < lanes; ++lane) partial[lane] += exp_(widen(z[v + lane]) - largest);
-  }
-  float sum = 0.0f;
-  for (; v < V; ++v) sum += exp_(widen(z[v]) - largest);
-  for (std::int64_t lane = 0; lane < lanes; ++lane) sum += partial[lane];
-  return largest + std::log(sum);
+  LaneSum<lanes> sum;
+  for_lanes<lanes>(V, [&](std::int64_t v, int lane) { sum.of[lane] += exp_(widen(z[v]) - largest); });
+  return largest + std::log(sum.total());
 }
 
 template <class T>

@@ -42,6 +42,20 @@ def test_report_and_exit_status(arguments, on_reference, capsys):
         assert part in said, part
 
 
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_no_value_is_cut_or_broken_by_the_terminal(arguments, on_reference, capsys, monkeypatch, columns):
+    long = "2.14.1+cu130.git" + "0123456789abcdef" * 8
+    version, compiler = doctor._version, "/opt/" + "a long folder/" * 9 + "c++, 12.2.0"
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(doctor, "_version", lambda name: long if name == "torch" else version(name))
+    monkeypatch.setattr(doctor, "_compiler", lambda name, path: compiler)
+    doctor.main()
+    said = capsys.readouterr().out
+    for part in (f"torch         {long}", f"C++ compiler     {compiler}", *dispatch.OPERATORS, "flash_attn"):
+        assert part in said, part
+    assert "…" not in said
+
+
 def test_what_else_could_run_and_what_cannot(monkeypatch):
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_75")
     rows = doctor.possible(dispatch.table("cuda"))

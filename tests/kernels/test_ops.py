@@ -3,6 +3,8 @@ every device there is, or on that of --device. On a GPU the implementation is th
 
 import importlib
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +113,17 @@ def assert_reproduces_reference(device, case, shape, dtype):
 
 def test_values_and_gradients_against_float64(device, case, shape, dtype):
     assert_reproduces_reference(device, case, shape, dtype)
+
+
+def test_no_float_sum_is_left_to_the_vectoriser():
+    """Where a compiler does not vectorise it, `reduction(+ : x)` is one running sum, off by more than is allowed."""
+    left = {
+        (path.name, name)
+        for path in (Path(__file__).parents[2] / "csrc").glob("*")
+        if path.suffix in (".h", ".cpp")
+        for name in re.findall(r"reduction\(\+ *: *([^)]*)\)", path.read_text(encoding="utf-8"))
+    }
+    assert left == {("adamw_cpu.cpp", "sum")}  # of doubles
 
 
 def test_two_runs_and_any_thread_count_agree_bitwise(device, case, shape, dtype):
