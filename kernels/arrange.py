@@ -102,10 +102,10 @@ def _fuses(device, dtype, H, K):
 def agrees(device, dtype, H, K):
     """Whether the Triton kernel gives what torch's operators give in float32, both ways; warns where it does not."""
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(37, 3, H, K, generator=generator, device=device).to(dtype)
-    angle = torch.rand(37, K // 2, generator=generator, device=device) * 6
-    own_N, tables = torch.arange(37, device=device) < 33, (angle.cos(), angle.sin())
-    for shift, direction, rows in ((16, 1, 64), (0, 1, 37), (0, -1, 37)):
+    x = torch.randn(9, 3, H, K, generator=generator, device=device).to(dtype)
+    angle = torch.rand(9, K // 2, generator=generator, device=device) * 6
+    own_N, tables = torch.arange(9, device=device) < 7, (angle.cos(), angle.sin())
+    for shift, direction, rows in ((4, 1, 16), (0, -1, 9)):
         ours, truth = x.new_full((rows, 3, H, K), torch.nan), torch.empty(rows, 3, H, K, device=device)
         launch(ours, x, tables, own_N, shift, direction)
         eager = _eager_truth(truth, x.float(), tables, own_N, shift, direction)
