@@ -123,7 +123,7 @@ class _Attention(torch.autograd.Function):
         return dqkv, None, None, None, None, None
 
 
-def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
+def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None):
     """Attend within each packed sequence, in both directions.
 
     Args:
@@ -134,6 +134,8 @@ def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
         max_seqlen: length in tokens that no sequence exceeds; on a GPU it chooses the kernel.
         rotary: (cos, sin), each (max_seqlen or more, K / 2) float32, or None.
         window: largest |i - j| attended, or None for all.
+        places: Places(cu_seqlens, N, max_seqlen), where several calls share a batch: what stock PyTorch's forms derive
+            from the offsets is then made once. Our kernels need none of it.
 
     Returns:
         (N, H, K), the dtype of `qkv`.
@@ -147,10 +149,10 @@ def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
     Softmax and sums run in float32; the largest error is at most twice that of eager PyTorch in the same dtype
     (tests/kernels/test_ops.py). Source: Dao et al., arXiv:2205.14135.
     """
-    _, function = dispatch.pick("attention", qkv, windowed=window is not None)
-    if function:
-        return function(qkv, cu_seqlens, max_seqlen, rotary, window)
-    cos, sin = rotary if rotary is not None else (None, None)
     if window is not None and window < 0:
         raise ValueError(f"window: {window} is negative; use None for no limit")
+    _, function = dispatch.pick("attention", qkv, windowed=window is not None)
+    if function:
+        return function(qkv, cu_seqlens, max_seqlen, rotary, window, places)
+    cos, sin = rotary if rotary is not None else (None, None)
     return _Attention.apply(qkv, cu_seqlens, max_seqlen, cos, sin, -1 if window is None else window)

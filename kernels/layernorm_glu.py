@@ -91,7 +91,7 @@ class _LayerNormGlu(torch.autograd.Function):
         dgates_N2F = glu_bwd(dh_NF, gates_N2F, ctx.activation, ctx.implementation)
         # One pass over the stream is cheaper than holding N x D normalised values from forward to backward.
         y_ND = layernorm_fwd(stream_ND, None, norm_weight_D, norm_bias_D, ctx.eps, ctx.implementation)[0]
-        dweight_2FD = dgates_N2F.t() @ y_ND
+        dweight_2FD = linear.weight_gradient(dgates_N2F, y_ND)
         dy_ND = linear.input_gradient(dgates_N2F, weight_2FD)
         dstream_ND = None if dstream_ND is None else dstream_ND.contiguous()
         dx_ND, dnorm_weight_D, dnorm_bias_D = layernorm_bwd(

@@ -415,6 +415,8 @@ def test_graph_choice_says_why(monkeypatch):
     with pytest.raises(UserError, match="only a GPU"):
         graph_choice(small_config(graph="on"))
     on_gpu = small_config(device="cuda", dtype="float16")
+    assert graph_choice(on_gpu)[0], "the floor waits for nothing, on any card"
+    monkeypatch.setitem(dispatch._overrides, ("attention", "cuda"), "reference")
     captured, reason = graph_choice(on_gpu)
     assert not captured and "attention" in reason
     with pytest.raises(UserError, match=r"attention .* — use --graph auto"):
