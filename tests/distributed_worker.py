@@ -22,6 +22,7 @@ from fake_loader import FakeSource
 
 from cramfast import train
 from cramfast.batches import feed
+from cramfast.config import TrainConfig
 from cramfast.errors import UserError, command
 from cramfast.runtime import distributed
 from cramfast.runtime.distributed import Team
@@ -29,6 +30,8 @@ from cramfast.session import checkpoint
 from cramfast.session.budget import Budget, Progress
 
 STEPS = "14steps"  # two epochs of seven microbatches and more
+MAX_NORM = TrainConfig.max_norm
+NUDGES = (-2, -1, 1, 2)
 # bfloat16: the master is whole only when saved. Replaced tokens: a backward pass in another order than the buckets.
 OPTIONS = {
     "adamw": {},
@@ -68,6 +71,17 @@ class Full(FakeSource):
         if self.rank == 1 and self.tokens == 256 and index == 5:
             raise torch.OutOfMemoryError("no room")
         return super().batch(epoch, index, mask_fraction)
+
+
+def nudged(folder: Path, team: Team) -> None:
+    """bfloat16-1 again, by one process, its clipping off by one rounding of float32 and by two, up and down.
+
+    Half precision makes of such a last bit, which the order of a sum decides too, what bfloat16 can show: products of
+    other rounded matrices. How much that is depends on the machine's own matmuls.
+    """
+    for place, ulps in enumerate(NUDGES):
+        options = OPTIONS["bfloat16"] | {"max_norm": MAX_NORM * (1 + ulps * 2.0**-23)}
+        fake_loader.run(folder.with_name(f"bfloat16-nudged{place}"), STEPS, team, **options)
 
 
 def failing(folder: Path, team: Team) -> None:
@@ -188,6 +202,7 @@ def main(folder: Path) -> None:
         ),
     }  # fmt: skip
     statuses = {f"trained-{world}": wait(ranks(folder, f"trained-{world}", world, work[world])) for world in work}
+    statuses["nudged"] = wait(ranks(folder, "nudged", 1, nudged))
     statuses["failing"] = wait(ranks(folder, "failing", 4, failing))
     statuses["full"] = wait(ranks(folder, "full", 2, full))
     statuses["killed"] = signalled(folder, "killed", 4, 2, signal.SIGKILL)

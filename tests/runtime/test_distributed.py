@@ -24,6 +24,7 @@ from cramfast.session import checkpoint
 from cramfast.session.microbatch import Microbatch
 
 TESTS = Path(__file__).resolve().parents[1]
+CURVES = ("loss", "grad_norm")
 HOST = ("seconds", "tokens_per_s", "mfu")
 
 
@@ -79,8 +80,28 @@ def test_the_curve_is_that_of_one_process(runs, name):
     assert rows(runs / name, "run")[0]["run"]["processes"] == int(name[-1])
 
 
+def distances(one: Path, other: Path) -> dict[str, float]:
+    """How far two runs are apart: for each tensor the norm of the difference, for losses the largest share."""
+    apart = {key: max(abs(b[key] / a[key] - 1) for a, b in zip(rows(one), rows(other), strict=True)) for key in CURVES}
+    found = weights(other)
+    for name, tensor in weights(one).items():
+        if not name.startswith("exp_avg_sq"):  # squares of what exp_avg shows
+            apart[name] = float((found[name].double() - tensor.double()).norm())
+    return apart
+
+
 def test_half_precision(runs):
-    assert_same_run(runs / "bfloat16-1", runs / "bfloat16-4", rtol=2e-2, atol=5e-3)
+    """No further from one process than runs of one process are from it that round a single factor otherwise."""
+    assert set(statuses(runs, "trained-4")) == set(statuses(runs, "nudged")) == {0}
+    one, four = runs / "bfloat16-1", runs / "bfloat16-4"
+    assert [row["step"] for row in rows(four)] == list(range(1, 15))
+    for key in ("tokens", "microbatches", "lr", "fraction", "skipped"):
+        assert [row[key] for row in rows(one)] == [row[key] for row in rows(four)], key
+    nudged = [distances(one, folder) for folder in sorted(runs.glob("bfloat16-nudged*"))]
+    assert len(nudged) == 4
+    for name, apart in distances(one, four).items():
+        # Seen: 0.7 to 1.3 times the largest of the four; with a learning rate that is 2 % higher, 8 of 50 go beyond 3.
+        assert apart <= 3 * max(each[name] for each in nudged), name
 
 
 def test_resumed_on_another_number_of_processes(runs, fake_text):
