@@ -238,6 +238,8 @@ def choose(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> 
         return choice("cpp", f"C++ for the CPU, {extension.cpu_isa}")
     if device != "cuda":
         return choice("reference", f"no kernel was built for {device}")
+    if settled := _settled.get((op, device, dtype, windowed)):
+        return choice(*settled)
     # AdamW's buffers are float32, whatever the dtype of the weights that the model multiplies with.
     chip, measured_dtype = architecture(device), "float32" if op == "adamw" else _name(dtype)
     row = measured().get((op, chip, measured_dtype))
@@ -361,3 +363,31 @@ def table(device: str) -> list[Choice]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# Stand-ins, until the floor of stock PyTorch is there: what qualification (cramfast/qualify) asks of this module.
+_settled: dict[tuple[str, str, torch.dtype, bool], tuple[str, str]] = {}  # -> (implementation, reason)
+
+
+def floor(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> str:
+    """The stock implementation that needs no measurement."""
+    return "reference"
+
+
+def candidates(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> list[str]:
+    """The implementations with no obstacle, the likely fastest first."""
+    found = [name for name in IMPLEMENTATIONS[op] if not obstacle(op, name, device, dtype, windowed)]
+    times = measured().get((op, architecture(device), _name(dtype)), {"relative_time": {}})["relative_time"]
+    return sorted(found, key=lambda name: times.get(name, float("inf")))
+
+
+def settle(op: str, device: str, dtype: torch.dtype, implementation: str, reason: str, windowed: bool = False) -> None:
+    """Let a verdict decide in this process what `op` takes unasked."""
+    _settled[op, device, dtype, windowed] = (implementation, reason)
+    _picked.clear()
+
+
+def unsettle() -> None:
+    """Forget every verdict."""
+    _settled.clear()
+    _picked.clear()
