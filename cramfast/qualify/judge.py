@@ -2,11 +2,12 @@
 captured graph, and a few hundred times.
 
 The rule for errors is that of the tests: at most twice that of eager PyTorch in the same dtype, plus one ulp of the
-largest value. The same holds of every row, beside its own size: a wrong row must not hide behind a large tensor.
+largest value. Eager's is the largest over all situations, beside the values there, so that where eager was lucky once
+nothing that is right is turned down. A wrong row must not hide behind a large tensor: of every row half the digits must
+be right, or as many as eager PyTorch has right in its worst.
 """
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ OUTPUTS = {
     "layernorm_glu": ("h", "stream"), "adamw": ("master", "exp_avg", "exp_avg_sq", "half", "scalars"),
 }  # fmt: skip
 REPEATS = 200  # of the smallest situation
-REPEATED_S = 0.3  # of the largest
+REPEATED_S = 3.0, 0.3  # at most, of the smallest and of the largest
+SYNCHRONIZED = 10  # runs after which the host looks
 LOGITS = 1 << 25  # of the truth, held at one time
 SMALL_ROW = 1e-3  # of the largest row: below that, a row's own size says nothing
 
@@ -86,36 +88,34 @@ def widened(value):
 
 
 @dataclass(frozen=True)
-class Bound:
-    """What is true of one tensor and how far from it eager PyTorch is.
+class Errors:
+    """Of one tensor: the largest error beside the largest value, and the largest of a row beside that row's size."""
 
-    Attributes:
-        true: float64.
-        error, of_row: largest error of eager; largest of a row beside that row's size, 0 where there are no rows.
-    """
-
-    true: Tensor
-    error: float
+    largest: float
     of_row: float
+
+    def __or__(self, other: "Errors") -> "Errors":
+        return Errors(max(self.largest, other.largest), max(self.of_row, other.of_row))
 
 
 class Truth:
-    """float64 of the reference for one set of inputs, and what errors it allows."""
+    """float64 of the reference for one set of inputs, and how far from it eager PyTorch is."""
 
     def __init__(self, op: str, inputs: Inputs, cotangent: float):
         self.op, self.inputs = op, inputs
+        self.true = stock(op, widened(inputs), cotangent)
+        self.halvings = len(next(value for value in inputs.values() if isinstance(value, Tensor))).bit_length()
         eager = stock(op, inputs, cotangent)
-        self.bounds = {
-            name: Bound(true, *errors(eager[name], true))
-            for name, true in stock(op, widened(inputs), cotangent).items()
-        }
+        self.dtypes = {name: value.dtype for name, value in eager.items()}
+        self.eager = {name: errors(eager[name], true) for name, true in self.true.items()}
 
-    def problem(self, found: Values) -> str:
-        """What is wrong with these values and where; "" when nothing is."""
-        for name, bound in self.bounds.items():
-            value, true = found.get(name), bound.true
-            if value is None or value.shape != true.shape:
-                return f"gave no {name} of shape {tuple(true.shape)}"
+    def problem(self, found: Values, eager: dict[str, Errors]) -> str:
+        """What is wrong with these values and where, beside eager PyTorch's errors here and elsewhere; "" when nothing
+        is."""
+        for name, true in self.true.items():
+            value, dtype = found.get(name), self.dtypes[name]
+            if value is None or (value.shape, value.dtype) != (true.shape, dtype):
+                return f"gave no {name} of shape {tuple(true.shape)} in {dtype}"
             if true.numel() == 0:
                 continue
             finite = true.isfinite()
@@ -123,15 +123,16 @@ class Truth:
                 return f"left NaN in {name}{self.place(name, missing)}"
             if (value.isfinite() & ~finite).any():
                 return f"failed {name}{self.place(name, value.isfinite() & ~finite)}: finite, and should not be"
-            ulp = torch.finfo(value.dtype).eps
-            largest, of_row = errors(value, true)
-            allowed = 2 * bound.error + ulp * _largest(true)
-            if largest > allowed:
-                where = self.place(name, _difference(value, true) >= largest)
-                return f"failed {name}{where} (error {largest:.2g}, allowed {allowed:.2g})"
-            if of_row > 2 * bound.of_row + ulp:
-                where = self.place(name, _of_rows(value, true) >= of_row)
-                return f"failed {name}{where} ({of_row:.1%} of the row is wrong, allowed {2 * bound.of_row + ulp:.2g})"
+            ulp, ours, its = torch.finfo(dtype).eps, errors(value, true), eager[name] | self.eager[name]
+            if true.dim() < 2:  # few sums of many rows, where eager may be lucky: in pairs, so many roundings
+                its |= Errors(ulp * self.halvings, 0.0)
+            if ours.largest > (allowed := 2 * its.largest + ulp):
+                difference, size = _difference(value, true), _largest(true)
+                where = self.place(name, difference >= difference.max())
+                return f"failed {name}{where} (error {ours.largest * size:.2g}, allowed {allowed * size:.2g})"
+            if ours.of_row > (allowed := max(2 * its.of_row, ulp**0.5)):
+                where = self.place(name, _of_rows(value, true) >= ours.of_row)
+                return f"failed {name}{where} (error {ours.of_row:.2g} of the row, allowed {allowed:.2g})"
         return ""
 
     def place(self, name: str, hit: Tensor) -> str:
@@ -140,7 +141,7 @@ class Truth:
             return ""
         index = int(hit.flatten(1).any(-1).nonzero()[0] if hit.dim() > 1 else hit.nonzero()[0])
         if self.op != "attention":
-            return f" at {'row' if self.bounds[name].true.dim() > 1 else 'entry'} {index}"
+            return f" at {'row' if self.true[name].dim() > 1 else 'entry'} {index}"
         offsets = self.inputs["cu_seqlens"].tolist()
         inside = [end - start for start, end in pairwise(offsets) if start <= index < end]
         return f" at length {inside[0]}" if inside else " in rows of no sequence"
@@ -162,11 +163,12 @@ def _of_rows(value: Tensor, true: Tensor) -> Tensor:
     return _difference(value, true).flatten(1).norm(dim=1) / sizes.clamp(min=least)
 
 
-def errors(value: Tensor, true: Tensor) -> tuple[float, float]:
-    """(largest error, largest of a row beside the row's size)."""
+def errors(value: Tensor, true: Tensor) -> Errors:
+    """Of a tensor and its truth; where all of the truth is zero, beside one."""
     if true.numel() == 0:
-        return 0.0, 0.0
-    return float(_difference(value, true).max()), float(_of_rows(value, true).max()) if true.dim() > 1 else 0.0
+        return Errors(0.0, 0.0)
+    of_row = float(_of_rows(value, true).max()) if true.dim() > 1 else 0.0
+    return Errors(float(_difference(value, true).max()) / (_largest(true) or 1.0), of_row)
 
 
 class Judge:
@@ -182,6 +184,15 @@ class Judge:
         self.op, self.situations, self.device = op, situations, torch.device(device)
         self.graph, self.repeats = graph, repeats
         self.truths: dict[tuple[str, int], Truth] = {}
+
+    @functools.cached_property
+    def eager(self) -> dict[str, Errors]:
+        """Errors of eager PyTorch over all situations, by tensor."""
+        found: dict[str, Errors] = {}
+        for situation in self.situations:
+            for name, its in self.truth(situation).eager.items():
+                found[name] = found.get(name, its) | its
+        return found
 
     def truth(self, situation: Situation, seed: int = 0) -> Truth:
         key = (situation.name, seed)
@@ -202,7 +213,8 @@ class Judge:
                 return found
             if promises_equal_bits(implementation):
                 tell(f"{self.repeats} repeats")
-                return self.repeated(first, self.repeats) or self.repeated(last, self.repeats, REPEATED_S)
+                small_s, large_s = REPEATED_S
+                return self.repeated(first, self.repeats, small_s) or self.repeated(last, self.repeats, large_s)
         return ""
 
     def guarded(self, implementation: str, situation: Situation) -> str:
@@ -215,7 +227,7 @@ class Judge:
                 found = evaluate(self.op, cramfast.kernels, inputs, situation.cotangent)
             if (beside := guard.touched()) is not None:
                 return f"wrote outside {name_of(beside, {**inputs, **found})}"
-            if problem := self.changed(inputs, truth.inputs) or truth.problem(found):
+            if problem := self.changed(inputs, truth.inputs) or truth.problem(found, self.eager):
                 return problem
             if before and promises_equal_bits(implementation) and (name := first_difference(before, found)):
                 return f"gave two results of {name} in two runs"
@@ -243,11 +255,11 @@ class Judge:
             if isinstance(value, Tensor):
                 buffers[name].copy_(value)
         replay()
-        problem = truth.problem(found)
+        problem = truth.problem(found, self.eager)
         return f"{problem} when replayed on new inputs" if problem else ""
 
-    def repeated(self, situation: Situation, times: int, seconds: float = math.inf) -> str:
-        """Whether many runs give the bits of the first; nothing waits in between."""
+    def repeated(self, situation: Situation, times: int, seconds: float) -> str:
+        """Whether many runs give the bits of the first; few wait for the one before."""
         inputs, different, expected = situation.make(0), None, None
         done, end = 0, time.monotonic() + seconds
         while done < times:
@@ -258,7 +270,7 @@ class Judge:
                 expected, different = found, torch.zeros(len(found), dtype=torch.bool, device=self.device)
                 continue
             different |= torch.stack([unequal(expected[name], value) for name, value in found.items()])
-            if seconds < math.inf and (time.monotonic() > end or bool(different.any())):
+            if (done % SYNCHRONIZED == 0 and bool(different.any())) or time.monotonic() > end:
                 break
         hits = different.tolist()
         if not any(hits):

@@ -9,7 +9,6 @@ from cramfast.errors import UserError
 from cramfast.kernels import dispatch
 from cramfast.session.record import read_record
 
-
 STOCK_ALONE = "auto=stock"  # among --kernels: what is not asked for by name is left to stock PyTorch, untried
 
 
