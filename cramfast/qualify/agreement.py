@@ -1,7 +1,8 @@
 """One whole microbatch by the floor and by the chosen implementations, from the same weights.
 
-Both are compared with the floor in float32: loss, norm of the gradient and direction of each tensor's gradient may be
-at most twice as far from it as the floor's own are. Implementations asked for by name run on both sides. AdamW has no
+Both are compared with the floor in float32: loss, norm of the gradient and each tensor's gradient may be at most twice as
+far from it as the floor's own are. Of a tensor that is the length of the difference beside its own, which a wrong size
+shows as a wrong direction (cosine) does. Implementations asked for by name run on both sides. AdamW has no
 part in a pass; its judge has seen its own updates.
 """
 
@@ -26,7 +27,7 @@ from cramfast.qualify.regime import ragged
 from cramfast.qualify.verdict import Verdict, settle
 from cramfast.text.tokenizer import FIRST_WORD, MASK
 
-ANGLE = 1e-3  # radians between two gradients that say nothing, as between two orders of adding up in float32
+CLOSE = 1e-3  # of a gradient's length: says nothing, as between two orders of adding up in float32
 FARTHER = 2.0  # than the floor; as for a single operator
 HALVINGS = 24  # of the loss scale, until the floor's own gradient is finite
 UNSEEN = ("adamw",)
@@ -100,9 +101,9 @@ class Comparison:
         flat = self.optimizer.flat
         views = (flat.views(each.gradient) for each in (found, self.floor, self.true))
         for (name, ours), (_, floor), (_, true) in zip(*views, strict=True):
-            angle, allowed = angle_between(ours, true), FARTHER * angle_between(floor, true) + ANGLE
-            if angle > allowed:
-                return f"gradient of {name} {angle:.2g} rad off, allowed {allowed:.2g}"
+            off, allowed = distance(ours, true), FARTHER * distance(floor, true) + CLOSE
+            if off > allowed:
+                return f"gradient of {name} off by {off:.2g} of its length, allowed {allowed:.2g}"
         return ""
 
     def departed(self, one_by_one: bool = False, tell: Tell = lambda name: None) -> dict[str, str]:
@@ -132,15 +133,13 @@ class Comparison:
         return found
 
 
-def angle_between(a: Tensor, b: Tensor) -> float:
-    """Radians between two gradients, as the length of the difference of their directions; 0 where both are zero."""
-    a, b = a.flatten().double(), b.flatten().double()
-    a_norm, b_norm = a.norm(), b.norm()
-    if not a_norm and not b_norm:
+def distance(gradient: Tensor, true: Tensor) -> float:
+    """Length of the difference beside the length of the truth; 0 where both are zero."""
+    gradient, true = gradient.double(), true.double()
+    length, difference = float(torch.linalg.vector_norm(true)), float(torch.linalg.vector_norm(gradient - true))
+    if not difference:
         return 0.0
-    if not a_norm or not b_norm:
-        return math.inf
-    return float((a / a_norm - b / b_norm).norm())
+    return difference / length if length else math.inf
 
 
 @contextlib.contextmanager

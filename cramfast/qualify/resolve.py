@@ -14,7 +14,7 @@ from cramfast.errors import UserError
 from cramfast.kernels import dispatch
 from cramfast.qualify import cache
 from cramfast.qualify.cache import Outcome
-from cramfast.qualify.candidates import Task, of, tasks
+from cramfast.qualify.candidates import of, tasks
 from cramfast.qualify.regime import regime_of
 from cramfast.qualify.trial import Trial
 from cramfast.qualify.verdict import Verdict, settle
@@ -141,6 +141,3 @@ def obstacle(verdict: Verdict, config: TrainConfig) -> str:
 def lines(outcome: Outcome) -> list[str]:
     """One for each operator, in the order of the trial."""
     return [verdict.line for verdict in outcome.verdicts]
-
-
-__all__ = ["RECORD", "SECONDS", "Task", "lines", "needed", "of_card", "resolve"]
