@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cramfast.errors import UserError, command
 from cramfast.kernels import dispatch
+from cramfast.runtime.jsonfile import dumps
 
 NEEDED = ("op", "shape", "dtype", "kernels", "tests", "capability", "gpu", "torch", "commit")
 OF_ALL = ("capability", "gpu", "torch", "commit")  # the same in all rows that are compared
@@ -97,7 +98,7 @@ def update(table: Path, ranked: list[dict]) -> None:
     """Put rows into the table, in place of those with the same operator, architecture and dtype; one row a line."""
     kept = {_key(row): row for row in json.loads(table.read_text(encoding="utf-8"))["rows"]}
     kept |= {_key(row): row for row in ranked}
-    lines = ",\n".join(json.dumps(kept[key]) for key in sorted(kept))
+    lines = ",\n".join(dumps(kept[key]) for key in sorted(kept))
     table.write_text('{"rows": [\n' + lines + "\n]}\n" if kept else '{"rows": []}\n', encoding="utf-8")
 
 

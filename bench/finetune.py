@@ -25,7 +25,6 @@ from cramfast.errors import command
 from cramfast.evaluate import checkpoints, finetune, glue
 from cramfast.evaluate.examples import dev_name
 from cramfast.evaluate.finetune import Encoded, Protocol
-from cramfast.evaluate.scores import METRICS
 from cramfast.evaluate.tasks import Task, find_task
 from cramfast.export import export
 from cramfast.hf.check import quiet_transformers
@@ -124,14 +123,14 @@ def measure(task: Task, folder: Path, options: Options, protocol: Protocol, dtyp
         name: {"task": task.name, "system": name, "seconds": [], "scores": [], "tokens": tokens} for name in SYSTEMS
     }
     for seed in range(options.seeds):
-        done = finetune.fit(model.encoder, job.classes, train, [dev], protocol, seed, torch.device("cpu"), dtype)
-        stock, seconds = fit_stock(folder, job.classes, train, dev, protocol, seed, dtype)
+        done = finetune.fit(model.encoder, len(job.classes), train, [dev], protocol, seed, torch.device("cpu"), dtype)
+        stock, seconds = fit_stock(folder, len(job.classes), train, dev, protocol, seed, dtype)
         for name, predicted, spent in (
             ("cramfast", done.predictions[0], done.seconds),
             ("transformers", stock, seconds),
         ):
             rows[name]["seconds"].append(spent)
-            rows[name]["scores"].append(METRICS[task.metric](dev.labels.tolist(), predicted.tolist()))
+            rows[name]["scores"].append(job.score(dev.labels.tolist(), predicted.tolist()))
     ratios = [b / a for a, b in zip(*(rows[name]["seconds"] for name in SYSTEMS), strict=True)]
     for row in rows.values():
         row |= {"metric": task.metric, "ours_speedup": statistics.median(ratios), "rows": len(train.ids)}
@@ -165,6 +164,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(options.run, Path(scratch) / "hf").path
+        protocol = protocol.at(checkpoints.load(folder).encoder.config.max_len)
         for task in tasks:
             rows += measure(task, folder, options, protocol, dtype)
             show(rows[-len(SYSTEMS) :])

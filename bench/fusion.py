@@ -11,7 +11,7 @@ docs/decisions/0012 holds the table and what decides the matter.
 
 from dataclasses import dataclass
 
-from cramfast.cost.roofline import Card, find_card
+from cramfast.cost.cards import Card, find_card
 from cramfast.recipes import base, mini, small
 
 # Of the data sheet's peaks: what a library's matmul and a memory-bound kernel are taken to reach.

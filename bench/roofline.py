@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from cramfast.cost.roofline import bound, cost, find_card, parameter_count
+from cramfast.cost.cards import find_card
+from cramfast.cost.roofline import bound, cost, parameter_count
 from cramfast.kernels.cases import ragged_lengths
 from cramfast.recipes import base
 

@@ -135,9 +135,9 @@ def blimp(run: dict) -> str:
 
 def median(entry: dict | None) -> str:
     """Median (lowest–highest) over the seeds, points; marked where the data are not GLUE's own."""
-    if not entry:
+    points = [100 * score for score in entry["scores"] if score is not None] if entry else []
+    if not points:
         return "–"
-    points = [100 * score for score in entry["scores"]]
     shown = f"{statistics.median(points):.1f} ({min(points):.1f}–{max(points):.1f})"
     return shown + (f", {entry['remark']}" if entry["remark"] else "")
 

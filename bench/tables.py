@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench import goals
 from cramfast.errors import UserError, command
+from cramfast.runtime.jsonfile import dumps
 
 BEGIN, END = "<!-- tables: written by python -m bench.tables -->", "<!-- end of tables -->"
 PEAKS = ("percent_of_copy", "percent_of_matmul")
@@ -45,7 +46,7 @@ def append(path: Path, *rows: Mapping) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row) + "\n" for row in rows)
+            out.writelines(dumps(row) + "\n" for row in rows)
     except OSError as error:
         raise UserError(f"--results {path}: cannot be written ({error.strerror}) — name another file") from None
 

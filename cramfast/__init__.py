@@ -5,6 +5,8 @@ import sys
 
 from cramfast.errors import leave_at_once
 
-if sys.argv[:1] == ["-m"]:  # `python -m cramfast.NAME`, which goes on to import torch for seconds; not yet in command()
+# `python -m cramfast.NAME` goes on to import torch for seconds, before errors.command(); the console command takes care
+# of itself in __main__.py.
+if sys.argv[:1] == ["-m"]:
     signal.signal(signal.SIGINT, leave_at_once)
     signal.signal(signal.SIGTERM, leave_at_once)

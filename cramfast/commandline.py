@@ -13,7 +13,10 @@ from cramfast.config import TrainConfig, config_hash, differing_key, flatten, re
 from cramfast.errors import UserError
 from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.runtime import distributed
+from cramfast.runtime.arguments import VOCABULARY, program, under_one_name
 from cramfast.session.runfolder import find_resumed, new_name
+from cramfast.text import hub
+from cramfast.text.tokenizer import is_trained
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def parse(args: list[str] | None = None) -> Request:
     Raises:
         UserError: a value that cannot work, or a folder that does not fit.
     """
+    args = under_one_name(args, dict([VOCABULARY]))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--device", "--resume", "--replay", "--run-dir"):
         early.add_argument(flag, *({"--run_dir"} if flag == "--run-dir" else ()), nargs="?")
@@ -74,7 +78,7 @@ def parse(args: list[str] | None = None) -> Request:
         tyro.conf.configure(tyro.conf.FlagConversionOff)(Arguments),
         args=args,
         default=Arguments(config=default),
-        prog="python -m cramfast.train",
+        prog=program("train"),
     )
     config = located(resolve(arguments.config))
     if first.replay and (key := differing_key(read_config(source / "config.json"), config)):
@@ -89,9 +93,8 @@ def parse(args: list[str] | None = None) -> Request:
 
 def located(config: TrainConfig) -> TrainConfig:
     """The config with absolute paths to text, tokenizer and probe, which mean the same wherever the run is resumed."""
-    data = (source if source.startswith("hf:") else os.path.abspath(source) for source in config.data)
-    trained = config.tokenizer in ("wordpiece", "bpe")
-    tokenizer = config.tokenizer if trained else os.path.abspath(config.tokenizer)
+    data = (hub.located(source) if hub.is_hub(source) else os.path.abspath(source) for source in config.data)
+    tokenizer = config.tokenizer if is_trained(config.tokenizer) else os.path.abspath(config.tokenizer)
     probe_data = config.probe_data and os.path.abspath(config.probe_data)
     return replace(config, data=tuple(data), tokenizer=tokenizer, probe_data=probe_data)
 

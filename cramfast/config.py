@@ -25,7 +25,8 @@ class ModelConfig:
     """The encoder; every choice but `positions="sinusoidal"` and `first_norm` exists in stock ModernBERT."""
 
     vocab_size: int = 32768
-    """Entries of the vocabulary, a multiple of 64; a run has fewer where its text does not yield as many."""
+    """Entries of the vocabulary, a multiple of 64; fewer where the text does not yield as many. --vocab-size, its name
+    in cramfast.prepare, is taken too."""
     layers: int = 16
     """Number of Transformer layers."""
     width: int = 768
@@ -119,14 +120,21 @@ class TrainConfig:
 
     data: tuple[str, ...] = ()
     """Text files, folders, globs, hf:NAME, or one prepared folder; nothing: docstrings found on this machine."""
-    tokenizer: str = "wordpiece"
-    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), or a tokenizer.json."""
+    tokenizer: str = "auto"
+    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), auto (wordpiece where ASCII can spell the text, else
+    bpe), kmer[:K][:overlapping] (sequences of DNA or proteins), or a tokenizer.json."""
     heldout_fraction: float = 0.01
-    """Share of the documents kept out of training."""
+    """Share of the tokens kept out of training; more of a small text, which is said."""
     documents: Literal["blocks", "lines", "files"] = "blocks"
     """What a document is in a .txt file: a block between blank lines, a line, or the whole file."""
     text_key: str = "text"
-    """Field of .jsonl, column of .parquet that holds the text."""
+    """Field of .jsonl, column of tables that holds the text; OUTER.INNER for one in another."""
+    format: Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "arrow", "wikiextractor", "fasta"] = "auto"
+    """What all files are, whatever their names; auto goes by these."""
+    encoding: str = "utf-8"
+    """Of text files and rows in them, such as latin-1 or utf-16."""
+    skip_malformed: int = 0
+    """Rows that may be left out where they cannot be read; one more is an error."""
     curation: Curation = field(default_factory=Curation)
     order: Literal["shuffled", "sentences", "likelihood"] = "shuffled"
     """Sequences of an epoch: in random order, those with most "." tokens first, or those of the commonest tokens. In a
@@ -240,7 +248,7 @@ class TrainConfig:
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)}", "use 0 up to, not including, 1")
         require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay}", "use 0 up to, not including, 1")
-        for key in ("threads", "weight_decay", "max_norm", "adam_eps", "z_loss", "probe_pairs"):
+        for key in ("skip_malformed", "threads", "weight_decay", "max_norm", "adam_eps", "z_loss", "probe_pairs"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)}", "use 0 or more")
         require(
             not self.half_accumulation or self.dtype in ("auto", "float16"),

@@ -22,6 +22,7 @@ from cramfast.hf.check import TOLERANCE, max_difference
 from cramfast.hf.modelcard import card
 from cramfast.model.encoder import Encoder
 from cramfast.runtime import atomic
+from cramfast.runtime.arguments import program
 from cramfast.runtime.jsonfile import read_json
 from cramfast.session.checkpoint import load_model
 from cramfast.session.record import read_record
@@ -300,9 +301,7 @@ def main() -> None:
     import tyro
     from rich.console import Console
 
-    arguments = tyro.cli(
-        tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments), prog="python -m cramfast.export"
-    )
+    arguments = tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments), prog=program("export"))
     result = export(arguments.run, arguments.out, arguments.check, arguments.overwrite)
     Console(soft_wrap=True, highlight=False, markup=False).print(describe(result))
 

@@ -15,16 +15,19 @@ import tyro
 from cramfast.config import TrainConfig, require
 from cramfast.cost import calibration, footprint, measurements
 from cramfast.cost.calibration import Efficiency
+from cramfast.cost.cards import Card, find_card
 from cramfast.cost.forecast import Forecast, Line, ScalingLaw, forecast, read_law
 from cramfast.cost.measurements import Comparison
-from cramfast.cost.roofline import Card, find_card, microbatch_parts, parameter_count, update_parts
+from cramfast.cost.roofline import microbatch_parts, parameter_count, update_parts
 from cramfast.errors import command
 from cramfast.pages.numbers import short, span
 from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.runtime.allocator import keep_freed_memory
+from cramfast.runtime.arguments import VOCABULARY, program, under_one_name
 from cramfast.session.budget import Budget, parse_budget
+from cramfast.session.memory import size_of_part, smaller
 
-USABLE_MEMORY = 0.9  # of a device: the count came out 5 to 8 % below what steps took on a CPU (docs/log.md)
+USABLE_MEMORY = 0.9  # of a device: the count came out 5 to 8 % below what steps took on a CPU (docs/log)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def parse(args: list[str] | None = None) -> Arguments:
     Raises:
         UserError: a value that cannot work, or a card that is not in the table.
     """
+    args = under_one_name(args, dict([VOCABULARY]))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--device", "--gpu"):
         early.add_argument(flag)
@@ -73,7 +77,7 @@ def parse(args: list[str] | None = None) -> Arguments:
         tyro.conf.configure(tyro.conf.FlagConversionOff)(Arguments),
         args=args,
         default=Arguments(config=default),
-        prog="python -m cramfast.plan",
+        prog=program("plan"),
     )
     config = arguments.config
     require(config.objective == "mlm", f"a plan for --objective {config.objective}", "leave it out: it is not counted")
@@ -91,11 +95,14 @@ def parse(args: list[str] | None = None) -> Arguments:
 
 
 def fitting_microbatch(config: TrainConfig, card: Card, baseline: int) -> int:
-    """The recipe's microbatch, halved until the memory holds it, as training does (fit.py); at least one sequence."""
-    tokens, memory = config.microbatch_tokens, USABLE_MEMORY * card.memory_bytes
-    while tokens // 2 >= config.sequence_len and footprint.training_bytes(config, tokens, baseline) > memory:
-        tokens //= 2
-    return tokens
+    """The recipe's microbatch, in as few parts as the memory asks for, as training splits it (session/memory.py)."""
+    usable, whole, parts = USABLE_MEMORY * card.memory_bytes, config.microbatch_tokens, 1
+    while footprint.training_bytes(config, size_of_part(whole, parts), baseline) > usable:
+        choices = [more for more in smaller(whole, parts, config.sequence_len) if more > parts]
+        if not choices:
+            break
+        parts = choices[0]
+    return size_of_part(whole, parts)
 
 
 def make_plan(arguments: Arguments) -> Plan:

@@ -7,34 +7,39 @@ The folder appears under its name only when it is complete; what was interrupted
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from cramfast.config import Curation, from_json
-from cramfast.errors import UserError, command
-from cramfast.text import docstrings
-from cramfast.text.corpus import Corpus, Documents, find_files
+from cramfast.errors import UserError, command, note
+from cramfast.runtime.arguments import VOCABULARY, program, under_one_name
+from cramfast.text import docstrings, hub
+from cramfast.text.census import Census
+from cramfast.text.corpus import Corpus, Documents
 from cramfast.text.curation import Curator, summary
+from cramfast.text.files import Format, find_files
+from cramfast.text.giventokenizer import given_tokenizer
+from cramfast.text.kmers import is_kmer_name, read_name
+from cramfast.text.lines import check_encoding
+from cramfast.text.lost import Lost, lost_characters
 from cramfast.text.prepared import PARTIAL, is_prepared, read_manifest, verify
+from cramfast.text.said import Notes, check_splits, few_entries
 from cramfast.text.splits import SplitWriter, encode
 from cramfast.text.survey import Report, Survey
-from cramfast.text.tokenizer import check_vocab_size, load_tokenizer, lost_share, train_tokenizer, word_count
+from cramfast.text.tokenizer import check_vocab_size, is_trained, word_count
+from cramfast.text.tokenizerchoice import check_lost, choose, learn
 
-# Text in another script than the tokenizer's vanishes without a trace in the loss, so the sample is looked at.
-LOST_WARNED, LOST_REFUSED = 0.02, 0.5
-LOST_PIECES, LOST_CHARACTERS = 1000, 500  # of the sample's beginning, a uniform draw; half a second
-
-
-FORMAT = 2  # of a prepared folder; one made before long words were cut into pieces is made anew
+# Of a prepared folder. Made anew are those whose held-out side is a share of documents, or whose letters and signs were
+# not spelled out in ASCII.
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,24 @@ class Options:
     """Files, folders, globs or hf:NAME[:CONFIG[:SPLIT]]; nothing: docstrings found on this machine."""
     out: Path | None = None
     """Folder to write; nothing: a place in the user's cache, used again for the same text and options."""
-    tokenizer: str = "wordpiece"
-    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), or a tokenizer.json."""
+    tokenizer: str = "auto"
+    """wordpiece (lower-cased ASCII), bpe (case and Unicode kept), auto (wordpiece where ASCII can spell the text, else
+    bpe), kmer[:K][:overlapping] (sequences of DNA or proteins), or a tokenizer.json."""
     vocab_size: int = 32768
+    """Most entries of the vocabulary, a multiple of 64; k-mers have as many as there are. --model.vocab-size, its name
+    in cramfast.train, is taken too."""
     heldout_fraction: float = 0.01
-    """Share of the documents kept out of training, chosen by a hash of their text; more of a small text."""
+    """Share of the tokens kept out of training, chosen by a hash of the text; more of a small text, which is said."""
     documents: Documents = "blocks"
     """What a document is in a .txt file: a block between blank lines, a line, or the whole file."""
     text_key: str = "text"
-    """Field of .jsonl, column of .parquet that holds the text."""
+    """Field of .jsonl, column of tables that holds the text; OUTER.INNER for one in another."""
+    format: Format = "auto"
+    """What all files are, whatever their names; auto goes by these."""
+    encoding: str = "utf-8"
+    """Of text files and rows in them, such as latin-1 or utf-16."""
+    skip_malformed: int = 0
+    """Rows that may be left out where they cannot be read; one more is an error."""
     curation: Curation = field(default_factory=Curation)
     seed: int = 0
     """Of the draw of the tokenizer's sample and of the held-out documents."""
@@ -65,11 +79,14 @@ def prepare(
     data: tuple[str, ...],
     out: Path | None,
     *,
-    tokenizer: str = "wordpiece",
+    tokenizer: str = "auto",
     vocab_size: int = 32768,
     heldout_fraction: float = 0.01,
     documents: Documents = "blocks",
     text_key: str = "text",
+    format: Format = "auto",
+    encoding: str = "utf-8",
+    skip_malformed: int = 0,
     curation: Curation | None = None,
     seed: int = 0,
     progress: Report | None = None,
@@ -105,13 +122,20 @@ def prepare(
         raise UserError(f"heldout_fraction={heldout_fraction} is not possible — use a value such as 0.01")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed} is not possible — use 0 or more")
-    if tokenizer in ("wordpiece", "bpe"):
+    if skip_malformed < 0:
+        raise UserError(f"skip_malformed={skip_malformed} is not possible — use 0 or more")
+    check_encoding(encoding)
+    if is_kmer_name(tokenizer):
+        read_name(tokenizer)
+    elif is_trained(tokenizer):
         check_vocab_size(vocab_size)
-    options = Options(data, None, tokenizer, vocab_size, heldout_fraction, documents, text_key, curation, seed)
+    reading = (documents, text_key, format, encoding, skip_malformed)
+    options = Options(data, None, tokenizer, vocab_size, heldout_fraction, *reading, curation, seed)
     key = _key(options)
     folder = out or cache_folder() / "prepared" / key
     was_there = folder.exists()  # asked first: another process may finish the same text at any moment
     if _holds(folder, key):
+        _repeat_notes(folder)
         report("using the prepared text in " + str(folder), 1, 1)
         return folder
     if out is None:
@@ -160,6 +184,17 @@ def _holds(folder: Path, key: str) -> bool:
     return True
 
 
+def _repeat_notes(folder: Path) -> None:
+    """Say again what was said when the folder was made, and when that was where the hub does not tell its revision."""
+    manifest = read_manifest(folder)
+    for line in manifest.get("notes", []):
+        note(line)
+    for source, revision in manifest.get("revisions", {}).items():
+        if revision is None:
+            made = datetime.fromtimestamp((folder / "manifest.json").stat().st_mtime).isoformat(" ", "minutes")
+            note(f"{source}: the hub does not answer, so this is its text as of {made} — remove {folder} to read anew")
+
+
 def cache_folder() -> Path:
     """The user's cache: $XDG_CACHE_HOME/cramfast or ~/.cache/cramfast."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cramfast"
@@ -174,10 +209,11 @@ def default_corpus(report: Report) -> Path:
 
 
 def _key(options: Options) -> str:
-    """Names a preparation: its options and the size and time of every file it reads."""
+    """Names a preparation: its options, the size and time of every file it reads, and the hub's revisions."""
     state: list[object] = [FORMAT, {k: v for k, v in asdict(options).items() if k not in ("out", "verify")}]
-    files = find_files(tuple(s for s in options.data if not s.startswith("hf:")))
-    if options.tokenizer not in ("wordpiece", "bpe"):
+    files = find_files(options.data, options.format)
+    state += (hub.state(source) for source in options.data if hub.is_hub(source))
+    if not is_trained(options.tokenizer):
         files.append(Path(options.tokenizer))
     for path in files:
         if path.is_file():
@@ -226,15 +262,29 @@ def _alive(process: int) -> bool:
 
 
 def _write(folder: Path, options: Options, key: str, report: Report) -> None:
-    given = None if options.tokenizer in ("wordpiece", "bpe") else load_tokenizer(Path(options.tokenizer))
-    corpus = Corpus(options.data, options.documents, options.text_key)
+    given, notes, source = None, Notes(), " ".join(options.data)
+    if not is_trained(options.tokenizer):
+        given, mended = given_tokenizer(Path(options.tokenizer))
+        notes.say(*mended)
+    reading = (options.documents, options.text_key, options.format, options.encoding, options.skip_malformed)
+    corpus = Corpus(options.data, *reading)
     curator = Curator(options.curation)
     survey = Survey(corpus, curator, options.seed, options.heldout_fraction, report)
     curator.finish()
+    notes.say(*corpus.notes())
     report("training the tokenizer", 0, 1)
-    tokenizer = given or train_tokenizer(survey.texts(), options.tokenizer, options.vocab_size)
+    census = Census.of(survey.texts())
+    kind, why = choose(options.tokenizer, census)
+    notes.say(why)
+    if given is None:
+        tokenizer, left_out = learn(survey, kind, options.vocab_size, source)
+        notes.say(*left_out)
+    else:
+        tokenizer = given
     report("training the tokenizer", 1, 1)
-    lost = _check_lost(tokenizer, survey, options)
+    notes.say("" if given else few_entries(source, tokenizer, survey, options.vocab_size))
+    lost = lost_characters(tokenizer, survey.texts(), census)
+    notes.say(check_lost(lost, kind, source))
     survey.sample.clear()
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
@@ -243,27 +293,8 @@ def _write(folder: Path, options: Options, key: str, report: Report) -> None:
     findings = json.dumps(curator.findings(encoder.originals), indent=1, ensure_ascii=False)
     (folder / "curation.json").write_text(findings + "\n", encoding="utf-8", errors="replace")
     splits = {name: writer.close() for name, writer in writers.items()}
-    if splits["train"]["tokens"] == 0 or splits["heldout"]["tokens"] == 0:
-        dropped = sum(each.documents for each in curator.dropped.values())
-        raise UserError(
-            f"{corpus}: too little text to train on and to hold out — add documents, "
-            + (f"loosen --curation, which dropped {dropped:,} of {len(curator.verdicts):,}, " if dropped else "")
-            + "or use --tokenizer bpe if it is not written in Latin letters"
-        )
-    _write_manifest(folder, options, key, splits, curator, tokenizer, lost, writers["train"])
-
-
-def _check_lost(tokenizer: Tokenizer, survey: Survey, options: Options) -> float:
-    """Share of the sample's characters without a token; above LOST_WARNED it is said, above LOST_REFUSED refused."""
-    texts = itertools.islice(survey.texts(), LOST_PIECES)
-    lost = lost_share(tokenizer, (text[:LOST_CHARACTERS] for text in texts))
-    what = f"{' '.join(options.data)}: {lost:.0%} of the characters have no token in {options.tokenizer}"
-    remedy = "--tokenizer bpe has one for every character"
-    if lost > LOST_REFUSED:
-        raise UserError(f"{what} — {remedy}")
-    if lost > LOST_WARNED:
-        print(f"note: {what}; {remedy}", file=sys.stderr)
-    return lost
+    notes.say(*check_splits(source, writers, survey, curator, kind, options.heldout_fraction))
+    _write_manifest(folder, options, key, splits, curator, tokenizer, (kind, lost), writers, notes)
 
 
 def _write_manifest(
@@ -273,32 +304,42 @@ def _write_manifest(
     splits: dict,
     curator: Curator,
     tokenizer: Tokenizer,
-    lost: float,
-    train: SplitWriter,
+    taken: tuple[str, Lost],
+    writers: dict[str, SplitWriter],
+    notes: Notes,
 ) -> None:
-    files = {}
+    files, train = {}, writers["train"]
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    kind, lost = taken
     probability = train.histogram[train.histogram > 0] / train.tokens
     manifest = {
         "version": 1,
         "key": key,
-        "tokenizer": Path(options.tokenizer).name,
+        "tokenizer": Path(kind).name,
+        "tokenizer_asked": Path(options.tokenizer).name,
         "tokenizer_sha256": files["tokenizer.json"]["sha256"],
         "vocab_size": tokenizer.get_vocab_size(),
         "word_count": word_count(tokenizer),
         "ids_dtype": train.dtype.name,
-        "lost_share": lost,
+        "lost_share": lost.share,
+        "lost_characters": {f"U+{ord(character):04X}": share for character, share in lost.commonest()},
         "documents": options.documents,
         "text_key": options.text_key,
+        "format": options.format,
+        "encoding": options.encoding,
+        "skip_malformed": options.skip_malformed,
         "seed": options.seed,
         "heldout_fraction": options.heldout_fraction,
         "splits": splits,
+        "without_tokens": sum(writer.empty for writer in writers.values()),
         "curation": asdict(options.curation) | {"dropped": curator.counts()},
         "unigram_entropy_nats": float(-(probability * np.log(probability)).sum()),
         "sources": [source if source.startswith("hf:") else Path(source).name for source in options.data],
+        "revisions": {s: hub.revision_of(s) for s in options.data if hub.is_hub(s) and not hub.is_local(s)},
+        "notes": notes,
         "files": files,
     }
     path = folder / "manifest.json"
@@ -316,7 +357,9 @@ def main() -> None:
     from cramfast.runtime.progress import Stages
     from cramfast.text import report as text_report
 
-    options = tyro.cli(Options, prog="python -m cramfast.prepare", description=__doc__)
+    options = tyro.cli(
+        Options, args=under_one_name(None, dict([VOCABULARY[::-1]])), prog=program("prepare"), description=__doc__
+    )
     console = Console()
     plain = {"markup": False, "highlight": False, "soft_wrap": True}  # a folder's name may look like markup
     if options.verify is not None:

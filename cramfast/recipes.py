@@ -74,7 +74,7 @@ def crammed_bert(device: str) -> TrainConfig:
 
 
 def cramfast(size: TrainConfig) -> TrainConfig:
-    """The best that the ablations in docs/log.md support: so far no option beats the preset as it stands for long."""
+    """The best that the ablations in docs/log support: so far no option beats the preset as it stands for long."""
     return replace(size, recipe="cramfast")
 
 
@@ -90,7 +90,8 @@ def crammed(size: TrainConfig) -> TrainConfig:
         first_norm=True, head=False, init="normal",
     )  # fmt: skip
     return replace(
-        size, recipe="crammed", model=model, curation=curation, order="sentences", objective="mlm",
+        size, recipe="crammed", model=model, tokenizer="wordpiece", curation=curation,
+        order="sentences", objective="mlm",
         sequence_len=128, short_sequence_len=0, masking="bert", mask_fraction=0.25, mask_fraction_end=0.25,
         batch_tokens=PAPER_BATCH if size.preset == "base" else size.batch_tokens,
         ramp_fraction=0.6, schedule="triangle", optimizer="adamw", beta1=0.9, beta2=0.98, adam_eps=1e-12,

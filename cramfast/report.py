@@ -8,11 +8,10 @@ from pathlib import Path
 from cramfast.errors import command
 from cramfast.pages.charts import TWO, Line, chart, stretch
 from cramfast.pages.page import document, figure, flat, table, tile, write_page
+from cramfast.runtime.arguments import program
 from cramfast.session.record import Record, read_record
 from cramfast.session.summary import manifest_rows, tiles
 from cramfast.text import report as text_report
-
-SUSPICIOUS_MFU = 0.9  # matmuls take 70 to 80 % of a step's time (docs/log.md)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -75,10 +74,10 @@ def _notes(record: Record) -> list[str]:
         notes.append(f"Resumed {_count(record.resumed, 'time')}; what was done again after a resume is shown once.")
     if record.unreadable_lines:
         notes.append(f"{_count(record.unreadable_lines, 'unreadable line')} of metrics.jsonl left out.")
-    if record.middle("mfu") > SUSPICIOUS_MFU:
+    if record.mfu_mark:
         notes.append(
-            "The MFU is too high to be true: its reference, the matmul peak, is measured when training begins, and "
-            "other work on the machine lowered it then."
+            "Machine busy: the MFU refers to a matmul peak that is measured when training begins, and other work on "
+            "the machine lowered it then. The true MFU is lower."
         )
     if len(record.steps) < 10:
         notes.append(f"Only {_count(len(record.steps), 'update')} so far: the charts say little yet.")
@@ -211,7 +210,7 @@ def main() -> None:
     from rich.console import Console
 
     form = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments)
-    folder = tyro.cli(form, prog="python -m cramfast.report").folder
+    folder = tyro.cli(form, prog=program("report")).folder
     path = text_report.write_report(folder) if (folder / "train.ids").exists() else write_report(folder)
     size = f"{path.stat().st_size / 1e3:.0f} kB"
     Console(soft_wrap=True, highlight=False, markup=False).print(f"report: {path} ({size})")

@@ -22,6 +22,7 @@ from cramfast.session.microbatch import graph_choice
 from cramfast.session.record import Record, read_record
 from cramfast.text.curation import summary
 from cramfast.text.prepared import is_prepared, read_manifest
+from cramfast.text.tokenizer import is_trained
 
 
 def choose_kernels(config: TrainConfig, followed: Path | None = None) -> None:
@@ -87,12 +88,14 @@ def as_prepared(request: Request) -> TrainConfig:
     if len(config.data) != 1 or not is_prepared(folder := Path(config.data[0])):
         return config
     manifest = read_manifest(folder)
-    keys = ("tokenizer", "heldout_fraction", "documents", "text_key")
+    keys = ("tokenizer", "heldout_fraction", "documents", "text_key", "format", "encoding", "skip_malformed")
     told = {key: manifest[key] for key in keys if key in manifest}
     if not request.resuming:  # a run that recorded another curation, as older ones do, keeps its record
         prepare.check_curation(folder, config.curation, request.curation_flags)
         told["curation"] = prepare.curation_of(folder)
     prepared, asked = replace(config, **told), flatten(config)
+    if config.tokenizer == manifest.get("tokenizer_asked"):  # auto, there as here
+        asked["tokenizer"] = prepared.tokenizer
     if changed := [f"{key}={value}" for key, value in flatten(prepared).items() if value != asked[key]]:
         print(f"note: {folder} was prepared with {', '.join(changed)}, and stays so")
     return prepared
@@ -115,6 +118,9 @@ def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
             heldout_fraction=config.heldout_fraction,
             documents=config.documents,
             text_key=config.text_key,
+            format=config.format,
+            encoding=config.encoding,
+            skip_malformed=config.skip_malformed,
             curation=config.curation,
             progress=stages,
         )
@@ -130,7 +136,7 @@ def prepare_text(config: TrainConfig) -> tuple[Path, TrainConfig]:
 
 def larger_model(asked: TrainConfig, fitted: TrainConfig) -> str:
     """A line where a prepared vocabulary makes the model larger than the one that was asked for; else nothing."""
-    if fitted.model.vocab_size <= asked.model.vocab_size or asked.tokenizer not in ("wordpiece", "bpe"):
+    if fitted.model.vocab_size <= asked.model.vocab_size or not is_trained(asked.tokenizer):
         return ""
     before, after = (short(parameter_count(config.model)) for config in (asked, fitted))
     return (
@@ -167,7 +173,8 @@ def present(run_dir: Path) -> None:
     print(
         f"\nheld-out loss {before:.3f} -> {after:.3f} nats per masked token (unigram entropy "
         f"{record.unigram_entropy:.3f}), {record.middle('tokens_per_s'):,.0f} tokens/s, "
-        f"MFU {record.middle('mfu'):.0%}, {record.last('tokens'):,.0f} tokens in {span(record.last('seconds'))}"
+        f"MFU {record.middle('mfu'):.0%}{record.mfu_mark}, "
+        f"{record.last('tokens'):,.0f} tokens in {span(record.last('seconds'))}"
     )
     print(partly_read(record), end="")
     print(f"{'run folder':<20} {run_dir}\n{'report':<20} {page}")

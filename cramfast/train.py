@@ -45,7 +45,7 @@ def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | R
     """Train until the budget is spent, from the newest checkpoint in run_dir or from the start.
 
     All processes of a team call it, and take every decision together. Where memory runs out, training goes on from the
-    newest checkpoint with microbatches of half the size.
+    newest checkpoint with the largest smaller microbatches that fit.
 
     Returns:
         True when the budget is spent, False when a signal ended the session; a checkpoint is there either way.
@@ -57,14 +57,23 @@ def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | R
     tokens = budget.microbatch_tokens or saved or config.microbatch_tokens
     least = tokens if budget.microbatch_tokens else config.sequence_len  # a replay keeps the size of its record
     error = torch.OutOfMemoryError if team.alone else memory.OutOfMemoryTogether
-    return memory.halving(lambda size: session(config, run_dir, prepared, budget, size, team), tokens, least, error)
+    return memory.fitting(
+        lambda size: session(config, run_dir, prepared, budget, size, team),
+        lambda size: trial(config, prepared, size, team),
+        tokens, least, error,
+    )  # fmt: skip
+
+
+def trial(config: TrainConfig, prepared: Path, size: int, team: Team) -> None:
+    """The start of a session and no more: raises torch.OutOfMemoryError where microbatches of `size` do not fit."""
+    start(config, training_source(config, prepared, size), Clock(torch.device(config.device), team), team)
 
 
 def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay, size: int, team: Team) -> bool:
     """train() with microbatches of `size` tokens; raises torch.OutOfMemoryError where they do not fit."""
     device = torch.device(config.device)
     source, probe = training_source(config, prepared, size), Probe(config, prepared)
-    heldout = heldout_batches(config, prepared, device)[team.rank :: team.world]
+    heldout = heldout_batches(config, prepared, device, size)[team.rank :: team.world]
     ledger = Ledger(Clock(device, team))
     model, optimizer, microbatch = start(config, source, ledger.clock, team)
     progress, previous = restore(config, run_dir, optimizer, size, team)
@@ -108,10 +117,10 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
             tokens, flops, stopped = accumulate(share, microbatch, interrupt, team)
             if stopped:
                 break  # an unfinished update is dropped; a resumed run makes it again, from the same microbatches
-            loss_sum = team.total(microbatch.loss_sum)
-            optimizer.step(lr, loss_sum, microbatches)
+            loss_sum, weight = team.total(torch.stack([microbatch.loss_sum, microbatch.weight]))
+            optimizer.step(lr, loss_sum, weight)
             settings = {"fraction": fraction, "microbatches": microbatches, "lr": lr}
-            ledger.add(Step(feed.position, tokens, flops, settings), loss_sum, optimizer.verdict)
+            ledger.add(Step(feed.position, tokens, flops, settings), loss_sum / weight, optimizer.verdict)
             if not ledger.due(budget, progress):
                 continue  # nothing so far has waited for the GPU, which works through what was enqueued
             progress, row = settle(ledger, progress, log, run, previous, watch.note)
@@ -146,7 +155,7 @@ def accumulate(
         torch.OutOfMemoryError: in all processes, where the memory of one is too small.
     """
     tokens, flops, full = 0, 0.0, False
-    microbatch.loss_sum.zero_()
+    microbatch.clear()
     try:
         for batch, batch_flops, last in share:
             if interrupt.requested:
@@ -170,6 +179,7 @@ def start(config: TrainConfig, source: Source, clock: Clock, team: Team) -> tupl
     Compilers and caches do their first work in that step, outside the budget, and memory that is too small shows.
     """
     torch.manual_seed(config.seed)
+    team.connect(torch.device(config.device))
     model = (Discriminator if config.objective == "rtd" else Encoder)(config.model).to(config.device)
     model.z_loss = config.z_loss
     optimizer = make_optimizer(config, model, team)
@@ -211,7 +221,7 @@ def settle(
         progress = advance(progress, step.position, step.tokens, step.flops, figures.seconds, figures.skipped, scaled)
         row = {
             "step": progress.step, "tokens": progress.tokens, "flops": progress.flops, "seconds": progress.seconds,
-            **step.settings, "loss": figures.loss_sum / step.settings["microbatches"],
+            **step.settings, "loss": figures.loss,
             "grad_norm": figures.grad_norm, "skipped": int(figures.skipped),
             "tokens_per_s": step.tokens / figures.seconds,
             "mfu": step.flops / figures.seconds / run["matmul_peak_flops"],
@@ -225,7 +235,7 @@ def settle(
 def advance(
     before: Progress, position: tuple[int, int], tokens: int, flops: float, seconds: float, skipped: bool, scaled: bool
 ) -> Progress:
-    """Progress after one more step; with float16 (`scaled`) also the loss scale, which optim.LossScale has moved by
+    """Progress after one more step; with float16 (`scaled`) also the loss scale, which optim.adamw.LossScale moved by
     the same rule on the device."""
     after = replace(
         before, step=before.step + 1, tokens=before.tokens + tokens, flops=before.flops + flops,

@@ -191,16 +191,15 @@ void softmax_row(float* __restrict scores, Size n, float scale, float& largest, 
 #pragma omp simd reduction(max : highest)
   for (Size j = 0; j < n; ++j) highest = scores[j] > highest ? scores[j] : highest;
   const float faded = exp_(scale * (largest - highest));
-  float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-  for (Size j = 0; j < n; ++j) {
+  LaneSum<lanes> total;
+  for_lanes<lanes>(n, [&](Size j, int lane) {
     scores[j] = exp_(scale * (scores[j] - highest));
-    total += scores[j];
-  }
+    total.of[lane] += scores[j];
+  });
   if (faded != 1.0f) {
     for (Size j = 0; j < width; ++j) out[j] *= faded;
   }
-  sum = sum * faded + total;
+  sum = sum * faded + total.total();
   largest = highest;
 }
 
@@ -287,15 +286,14 @@ struct BackwardScratch {
 // of a row with few keys would be the difference of two nearly equal numbers.
 void gradient_row(float* __restrict scores, float* __restrict dp, Size n, float scale, float lse, float delta,
                   bool whole) {
-  float total = 0.0f, weighted = 0.0f;
-#pragma omp simd reduction(+ : total, weighted)
-  for (Size j = 0; j < n; ++j) {
+  LaneSum<lanes> total, weighted;
+  for_lanes<lanes>(n, [&](Size j, int lane) {
     scores[j] = exp_(scale * scores[j] - lse);
-    total += scores[j];
-    weighted += scores[j] * dp[j];
-  }
-  const float share = whole ? 1.0f / total : 1.0f;
-  const float mean = whole ? weighted * share : delta;
+    total.of[lane] += scores[j];
+    weighted.of[lane] += scores[j] * dp[j];
+  });
+  const float share = whole ? 1.0f / total.total() : 1.0f;
+  const float mean = whole ? weighted.total() * share : delta;
 #pragma omp simd
   for (Size j = 0; j < n; ++j) {
     scores[j] *= share;
@@ -305,10 +303,9 @@ void gradient_row(float* __restrict scores, float* __restrict dp, Size n, float 
 
 template <class T>
 float dot_row(const T* __restrict a, const T* __restrict b, Size n) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (Size i = 0; i < n; ++i) sum += widen(a[i]) * widen(b[i]);
-  return sum;
+  LaneSum<lanes> sum;
+  for_lanes<lanes>(n, [&](Size i, int lane) { sum.of[lane] += widen(a[i]) * widen(b[i]); });
+  return sum.total();
 }
 
 template <class Form>

@@ -1,8 +1,8 @@
 // The CUDA forms of attention behind attention_fwd(Cuda, ...) and attention_bwd(Cuda, ...), which choose one by dtype
 // and max_seqlen. The short and the tiled form take float16 and, from sm_80 on, bfloat16; the plain one takes float32.
 // All take head widths 32, 64 and 128 and any window; read lengths on the device only, and launch grids that depend on
-// sizes alone, so that a CUDA graph can hold them; zero the rows past the last offset; stop the launch with an error
-// where a sequence is longer than max_seqlen.
+// sizes alone, so that a CUDA graph can hold them; zero the rows past the last offset. A kernel before each stops
+// with an error where the offsets do not start at 0, decrease, pass the tokens or leave a sequence too long.
 #pragma once
 
 #include "attention.h"

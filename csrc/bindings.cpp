@@ -10,12 +10,16 @@
 #include "attention.h"
 #include "cpu_dispatch.h"
 #include "cross_entropy.h"
+#include "empty_launch.h"
 #include "glu.h"
 #include "layernorm.h"
 #include "layernorm_glu.h"
 #ifdef CRAMFAST_EMULATED
 #include "emulator/global_memory.h"
 #include "emulator/machine.h"
+#else
+#include "build_info.h"
+#include "code_path.h"
 #endif
 
 namespace py = pybind11;
@@ -110,10 +114,10 @@ template <class Device>
 void bind_cross_entropy(py::module_& m) {
   m.def(
       "cross_entropy",
-      [](Device device, Address logits, Address target, Address loss, Address scale, Size rows, Size vocabulary,
-         float z_loss, bool write_gradient, int dtype) {
-        cross_entropy(device, {at<void>(logits), at<std::int64_t>(target), at<float>(loss), at<float>(scale), rows,
-                               vocabulary, z_loss, write_gradient, dtype_of(dtype)});
+      [](Device device, Address logits, Address target, Address loss, Size rows, Size vocabulary, float z_loss,
+         float gain, bool write_gradient, int dtype) {
+        cross_entropy(device, {at<void>(logits), at<std::int64_t>(target), at<float>(loss), rows, vocabulary, z_loss,
+                               gain, write_gradient, dtype_of(dtype)});
       },
       py::call_guard<CallGuard>());
 }
@@ -170,6 +174,7 @@ void bind_cuda(py::module_& m) {
   // module_local: the emulated modules stand beside _C in one process.
   py::class_<Cuda>(m, "Cuda", py::module_local())
       .def(py::init([](Address stream) { return Cuda{reinterpret_cast<void*>(stream)}; }), py::arg("stream"));
+  m.def("empty_launch", &empty_launch, py::call_guard<CallGuard>());
   bind_operators<Cuda>(m);
   bind_layernorm_glu(m);
   m.attr("cuda_operators") = py::make_tuple("layernorm", "glu", "layernorm_glu", "attention", "cross_entropy", "adamw");
@@ -220,8 +225,16 @@ PYBIND11_MODULE(_C, m) {
   m.attr("layernorm_max_width") = layernorm_max_width;
   bind_operators<Cpu>(m);
   bind_accumulate(m);
+  m.attr("cuda_architectures") = py::str(CRAMFAST_CUDA_ARCHITECTURES).attr("split")();
+  m.attr("cuda_toolkit") = CRAMFAST_CUDA_TOOLKIT;
+  m.attr("cuda_missing") = CRAMFAST_CUDA_MISSING;
 #ifdef CRAMFAST_CUDA
   bind_cuda(m);
+  m.def("cuda_code_path", &cuda_code_path);
+  m.def("cuda_versions", [] {
+    const CudaVersions versions = cuda_versions();
+    return py::make_tuple(versions.driver, versions.runtime);
+  });
   m.attr("cuda") = true;
 #else
   m.attr("cuda_operators") = py::make_tuple();

@@ -93,13 +93,13 @@ __global__ void __launch_bounds__(threads, pieces <= 8 ? 2 : 1) cross_entropy_ke
   const float log_sum = logf(sum), lse = largest + log_sum;
   if (threadIdx.x == 0) args.loss[index] = log_sum + (largest - at_target) + args.z_loss * lse * lse;
   if (!args.write_gradient) return;
-  const float scale = args.scale[0], factor = (1.0f + 2.0f * args.z_loss * lse) / sum;
+  const float factor = (1.0f + 2.0f * args.z_loss * lse) / sum;
   row.each([&](Pack<T, vec>& pack, int v) {
     compute_again(pack);
 #pragma unroll
     for (int i = 0; i < vec; ++i) {
       const float slope = expf(widen(pack.value[i]) - largest) * factor;
-      pack.value[i] = narrow<T>((v + i == target ? slope - 1.0f : slope) * scale);
+      pack.value[i] = narrow<T>((v + i == target ? slope - 1.0f : slope) * args.gain);
     }
     store<vec>(row.z + v, pack);
   });

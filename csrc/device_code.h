@@ -88,14 +88,24 @@ DEVICE float warp_max(float value) {
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+#ifndef CRAMFAST_EMULATED
+// Throws std::runtime_error with the runtime's own text; the error is then not found again by the next launch.
+inline void check_cuda(const std::string& what, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+}
+#endif
+
 // Blocks that fill the device once, for kernels whose blocks walk over many rows.
 inline int multiprocessors() {
 #ifdef CRAMFAST_EMULATED
   return 2;
 #else
   int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  check_cuda("number of multiprocessors", cudaGetDevice(&device));
+  check_cuda("number of multiprocessors",
+             cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
 #endif
 }
@@ -109,13 +119,14 @@ int code_path(void (*kernel)(Parameters...)) {
   return CRAMFAST_EMULATED;
 #else
   cudaFuncAttributes attributes{};
-  cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  check_cuda("compiled code for this device",
+             cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
   return attributes.ptxVersion * 10;
 #endif
 }
 
 // kernel<<<grid, threads, shared_bytes, device.stream>>>(arguments...), in a form that both compilers take. Does
-// nothing for an empty grid. Throws std::runtime_error with the kernel's name when the launch is refused.
+// nothing for an empty grid. Throws std::runtime_error with the kernel's name and the runtime's text when refused.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Cuda device, dim3 grid, unsigned threads,
             std::size_t shared_bytes, const Arguments&... arguments) {
@@ -125,12 +136,12 @@ void launch(const char* name, void (*kernel)(Parameters...), Cuda device, dim3 g
   emulator::launch(name, grid, threads, shared_bytes, [&] { kernel(arguments...); });
 #else
   if (shared_bytes > 48 * 1024) {  // more than the default limit needs a wish, which a graph capture allows too
-    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(shared_bytes));
+    check_cuda(std::string(name) + ", " + std::to_string(shared_bytes) + " bytes of shared memory",
+               cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)));
   }
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(device.stream)>>>(arguments...);
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
+  check_cuda(name, cudaGetLastError());
 #endif
 }
 

@@ -3,10 +3,14 @@
 #include <algorithm>
 
 #include "simd.h"
+#include "tile_matmul.h"
 
 namespace cramfast::CRAMFAST_ISA {
 namespace {
 
+// Partial sums over a row: in the forward pass several vectors at a time, in the backward pass one, because more would
+// not stay in registers beside the rest.
+constexpr int forward_lanes = 64, backward_lanes = lanes < 8 ? 8 : lanes;
 constexpr std::int64_t forward_block_rows = 16;  // enough rows to hide the cost of handing out a piece of work
 
 template <class T>
@@ -24,14 +28,11 @@ void forward_row(const LayerNormForward& args, std::int64_t row) {
       s[d] = widen(stream[d]);
     }
   }
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (std::int64_t d = 0; d < D; ++d) sum += s[d];
-  const float mean = sum / static_cast<float>(D);
-  float square = 0.0f;
-#pragma omp simd reduction(+ : square)
-  for (std::int64_t d = 0; d < D; ++d) square += (s[d] - mean) * (s[d] - mean);
-  const float rstd = 1.0f / std::sqrt(square / static_cast<float>(D) + args.eps);
+  LaneSum<forward_lanes> sum, square;
+  for_lanes<forward_lanes>(D, [&](std::int64_t d, int lane) { sum.of[lane] += s[d]; });
+  const float mean = sum.total() / static_cast<float>(D);
+  for_lanes<forward_lanes>(D, [&](std::int64_t d, int lane) { square.of[lane] += (s[d] - mean) * (s[d] - mean); });
+  const float rstd = 1.0f / std::sqrt(square.total() / static_cast<float>(D) + args.eps);
   args.mean[row] = mean;
   args.rstd[row] = rstd;
   T* y = static_cast<T*>(args.y) + offset;
@@ -54,18 +55,16 @@ void backward_row(const LayerNormBackward& args, std::int64_t row, float* __rest
   load_row(static_cast<const T*>(args.stream) + offset, xhat, D);
   const float mean = args.mean[row], rstd = args.rstd[row];
   const float* weight = args.weight;
-  float c1 = 0.0f, c2 = 0.0f;
-#pragma omp simd reduction(+ : c1, c2)
-  for (std::int64_t d = 0; d < D; ++d) {
+  LaneSum<backward_lanes> along_xhat, along_one;
+  for_lanes<backward_lanes>(D, [&](std::int64_t d, int lane) {
     xhat[d] = (xhat[d] - mean) * rstd;
     dweight[d] += dy[d] * xhat[d];
     dbias[d] += dy[d];
     dy[d] *= weight[d];
-    c1 += dy[d] * xhat[d];
-    c2 += dy[d];
-  }
-  c1 /= static_cast<float>(D);
-  c2 /= static_cast<float>(D);
+    along_xhat.of[lane] += dy[d] * xhat[d];
+    along_one.of[lane] += dy[d];
+  });
+  const float c1 = along_xhat.total() / static_cast<float>(D), c2 = along_one.total() / static_cast<float>(D);
   T* dx = static_cast<T*>(args.dx) + offset;
   if (args.dstream) {
     const T* dstream = static_cast<const T*>(args.dstream) + offset;

@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
+#include <cstring>
 #include <type_traits>
 
 #include "device.h"
@@ -147,12 +149,17 @@ DEVICE float exp2_approx(float x) {
 #endif
 }
 
-// Ends the launch with an error: for what the host could only check by waiting for the device.
-DEVICE void stop(const char* why) {
+// Ends the launch with an error: for what the host could only check by waiting for the device. `why` is a format of
+// printf with a line's end; on a GPU the line goes to standard output before the trap, whose error says nothing.
+template <class... Values>
+DEVICE void stop(const char* why, Values... values) {
 #ifdef CRAMFAST_EMULATED
-  emulator::fault(why);
+  char line[240];
+  std::snprintf(line, sizeof line, why, values...);
+  line[std::strcspn(line, "\n")] = 0;
+  emulator::fault(line);
 #else
-  (void)why;
+  printf(why, values...);
   __trap();
 #endif
 }

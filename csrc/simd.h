@@ -50,6 +50,35 @@ inline void store_row(const float* __restrict from, T* __restrict to, std::int64
   for (std::int64_t i = 0; i < n; ++i) to[i] = narrow<T>(from[i]);
 }
 
+// f(i, lane) for i in [0, n), with lane = i modulo lanes: each lane adds to sums of its own, which do not depend on what
+// the compiler vectorises. A single running sum of n terms would lose log2(n) bits where it does not.
+template <int lanes, class F>
+inline void for_lanes(std::int64_t n, const F& f) {
+  std::int64_t begin = 0;
+  for (; begin + lanes <= n; begin += lanes) {
+#pragma omp simd
+    for (int lane = 0; lane < lanes; ++lane) f(begin + lane, lane);
+  }
+  const int left = static_cast<int>(n - begin);
+#pragma omp simd
+  for (int lane = 0; lane < left; ++lane) f(begin + lane, lane);
+}
+
+// A sum that for_lanes fills.
+template <int lanes>
+struct LaneSum {
+  static_assert((lanes & (lanes - 1)) == 0, "halved until one is left");
+  alignas(64) float of[lanes] = {};
+
+  float total() {
+    for (int half = lanes / 2; half > 0; half /= 2) {
+#pragma omp simd
+      for (int lane = 0; lane < half; ++lane) of[lane] += of[lane + half];
+    }
+    return of[0];
+  }
+};
+
 // exp(x) by x = k ln 2 + r, |r| <= ln 2 / 2, and the Taylor polynomial of degree 6 for exp(r), whose remainder is at
 // most r^7 / 7! = 1.2e-7. Gives 0 below -87.3 and exp(88) above 88; NaN propagates.
 inline float exp_(float x) {

@@ -27,7 +27,7 @@ def accumulate(total, values):
     Raises:
         ValueError: a total of another shape or dtype, not contiguous or not on 16 bytes.
     """
-    check("total", total, tuple(values.shape), torch.float32)
+    check("total", total, tuple(values.shape), torch.float32, values)
     if not compiled_for(values) or not values.is_contiguous():
         total.add_(values)
         return
@@ -46,7 +46,7 @@ def accumulate_rows(total_VD, ids_N, rows_ND):
         ValueError: a shape or dtype that does not fit, or a tensor that is not contiguous or not on 16 bytes.
     """
     (N, D), V = rows_ND.shape, len(total_VD)
-    check("total", total_VD, (V, D), torch.float32)
-    check("ids", ids_N, (N,), torch.int32)
-    check("rows", rows_ND, (N, D), rows_ND.dtype)
+    check("total", total_VD, (V, D), torch.float32, total_VD)
+    check("ids", ids_N, (N,), torch.int32, total_VD)
+    check("rows", rows_ND, (N, D), rows_ND.dtype, total_VD)
     extension.call("accumulate_rows", total_VD, total_VD, ids_N, rows_ND, N, D, DTYPE_CODES[rows_ND.dtype])

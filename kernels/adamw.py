@@ -13,18 +13,18 @@ def _adamw(
 ):  # fmt: skip
     size = master.numel()
     for name, buffer in (("master", master), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        check(name, buffer, (size,), torch.float32)
+        check(name, buffer, (size,), torch.float32, master)
     if half is not None:
         if half.dtype == torch.float32:
             raise ValueError("half: float32; use bfloat16, or float16 on a GPU")
-        check_activations("half", half, implementation)
+        check_activations("half", half, implementation, master)
         if half.numel() > size:
             raise ValueError(f"half: {half.numel()} elements for a master of {size}")
     segments = segment_end.numel()
-    check("segment_end", segment_end, (segments,), torch.int64)
-    check("segment_decay", segment_decay, (segments,), torch.float32)
-    check("segment_lr", segment_lr, (segments,), torch.float32)
-    check("scalars", scalars, (5,), torch.float32)
+    check("segment_end", segment_end, (segments,), torch.int64, master)
+    check("segment_decay", segment_decay, (segments,), torch.float32, master)
+    check("segment_lr", segment_lr, (segments,), torch.float32, master)
+    check("scalars", scalars, (5,), torch.float32, master)
     if segment_end.device.type == "cpu" and (segments == 0 or int(segment_end[-1]) != size):
         raise ValueError(f"segment_end: must end at {size}")
     launch = dispatch.launcher(implementation)

@@ -16,7 +16,7 @@ def _check_inputs(qkv, cu_seqlens, max_seqlen, cos, sin):
         raise ValueError(f"qkv: expected (N, 3, H, K) with K one of {HEAD_WIDTHS}, got {tuple(qkv.shape)}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"cu_seqlens: expected (S + 1,), got {tuple(cu_seqlens.shape)}")
-    check("cu_seqlens", cu_seqlens, (len(cu_seqlens),), torch.int32)
+    check("cu_seqlens", cu_seqlens, (len(cu_seqlens),), torch.int32, qkv)
     if qkv.device.type == "cpu":  # free to look at here; on a GPU it would wait for the device
         offsets = cu_seqlens.numpy()  # a tensor's comparisons cost 20 us in every layer
         lengths = np.diff(offsets)
@@ -28,7 +28,7 @@ def _check_inputs(qkv, cu_seqlens, max_seqlen, cos, sin):
         if table is not None:
             if len(table) < max_seqlen:
                 raise ValueError(f"rotary {name}: {len(table)} rows for max_seqlen {max_seqlen}")
-            check(f"rotary {name}", table, (len(table), qkv.shape[3] // 2), torch.float32)
+            check(f"rotary {name}", table, (len(table), qkv.shape[3] // 2), torch.float32, qkv)
 
 
 def _forward(qkv, cu_seqlens, max_seqlen, cos, sin, window):
@@ -62,8 +62,10 @@ def _forward_fake(qkv, cu_seqlens, max_seqlen, cos, sin, window):
 
 def _backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, cos, sin, window):
     N, _, H, K = qkv.shape
-    check_activations("qkv", qkv)
-    check("dout", dout, (N, H, K), qkv.dtype)
+    _check_inputs(qkv, cu_seqlens, max_seqlen, cos, sin)
+    check("dout", dout, (N, H, K), qkv.dtype, qkv)
+    check("out", out, (N, H, K), qkv.dtype, qkv)
+    check("lse", lse, (H, N), torch.float32, qkv)
     dqkv = torch.empty_like(qkv)
     extension.call(
         "attention_bwd",
@@ -121,7 +123,7 @@ class _Attention(torch.autograd.Function):
         return dqkv, None, None, None, None, None
 
 
-def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
+def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None):
     """Attend within each packed sequence, in both directions.
 
     Args:
@@ -129,25 +131,28 @@ def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
             or 128.
         cu_seqlens: (S + 1,), int32, offsets of the sequences; equal neighbours mean an empty one. Rows after the last
             offset belong to no sequence: their output and gradient are zero.
-        max_seqlen: length in tokens that no sequence exceeds; on a GPU it chooses the kernel, and a longer sequence
-            stops the launch.
+        max_seqlen: length in tokens that no sequence exceeds; on a GPU it chooses the kernel.
         rotary: (cos, sin), each (max_seqlen or more, K / 2) float32, or None.
         window: largest |i - j| attended, or None for all.
+        places: Places(cu_seqlens, N, max_seqlen), where several calls share a batch: what stock PyTorch's forms derive
+            from the offsets is then made once. Our kernels need none of it.
 
     Returns:
         (N, H, K), the dtype of `qkv`.
 
     Raises:
-        ValueError: offsets that do not start at 0, decrease or pass N; a head width no kernel was built for; on a GPU
-            what no CUDA kernel takes (bfloat16 before sm_80, half precision beyond 8,192 tokens).
+        ValueError: offsets that do not start at 0, decrease or pass N; tensors on two devices; a head width no kernel
+            was built for; on a GPU what no CUDA kernel takes (bfloat16 before sm_80, half precision beyond 8,192
+            tokens). Bad offsets there, which nobody can look at without waiting, end the launch: standard output says
+            what is wrong with them, torch that the launch failed.
 
     Softmax and sums run in float32; the largest error is at most twice that of eager PyTorch in the same dtype
     (tests/kernels/test_ops.py). Source: Dao et al., arXiv:2205.14135.
     """
-    _, function = dispatch.pick("attention", qkv, windowed=window is not None)
-    if function:
-        return function(qkv, cu_seqlens, max_seqlen, rotary, window)
-    cos, sin = rotary if rotary is not None else (None, None)
     if window is not None and window < 0:
         raise ValueError(f"window: {window} is negative; use None for no limit")
+    _, function = dispatch.pick("attention", qkv, windowed=window is not None)
+    if function:
+        return function(qkv, cu_seqlens, max_seqlen, rotary, window, places)
+    cos, sin = rotary if rotary is not None else (None, None)
     return _Attention.apply(qkv, cu_seqlens, max_seqlen, cos, sin, -1 if window is None else window)

@@ -1,14 +1,15 @@
 """Which implementation of an operator runs, and why: IMPLEMENTATIONS lists them all, choose() decides.
 
-The rule (docs/decisions/0009): on a CPU the C++ kernels; on a GPU the fastest of those that measured.json says have
-passed their tests on its architecture; where that cannot be, PyTorch's own operators. Any other is taken only when
-asked for. There is no silent fallback: every choice has a reason, which `python -m cramfast.doctor` and the first lines
-of a run show, and what is asked for and cannot run is an error.
+The rule (docs/decisions/0016): on a CPU the C++ kernels. On a GPU what is asked for; else what has been settled in this
+process (settle(): qualified on this very card); else the floor, stock PyTorch's own, which needs no measurement. There
+is no silent fallback: every choice has a reason, which `python -m cramfast.doctor` and the first lines of a run show,
+and what is asked for and cannot run is an error.
 """
 
 import contextlib
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cramfast.kernels import emulated, extension, peers, reference
+from cramfast.kernels import cuda_build, emulated, extension, peers, reference, stock
 
 MEASURED = Path(__file__).with_name("measured.json")
 HALF = (torch.float16, torch.bfloat16)
@@ -70,16 +71,28 @@ def _cpp_obstacle(target: Target) -> str:
     module = extension.module
     if module is None:
         return extension.missing_reason
-    if target.device == "cuda" and not module.cuda:
-        return "the module was built without CUDA; install the CUDA toolkit (nvcc), then pip install -e ."
-    if target.device == "cuda" and target.op not in module.cuda_operators:
+    if found := _dtype_obstacle(target, extension.storage_dtypes(target.device)):
+        return found
+    return _cpp_cuda_obstacle(target) if target.device == "cuda" else ""
+
+
+def _cpp_cuda_obstacle(target: Target) -> str:
+    module = extension.module
+    if not module.cuda:
+        return f"no CUDA kernels: {module.cuda_missing}; install the CUDA toolkit (nvcc), then pip install -e ."
+    if target.op not in module.cuda_operators:
         return f"{target.op} has no CUDA kernel yet"
-    return _dtype_obstacle(target, extension.storage_dtypes(target.device))
+    if found := _gpu_obstacle(target, 75):
+        return found
+    if target.op == "attention" and target.dtype == torch.bfloat16:  # on tensor cores
+        return cuda_build.bfloat16_obstacle(target.architecture)
+    return cuda_build.code_path(target.architecture)[1]
 
 
 def _cpp_fused_obstacle(target: Target) -> str:
-    found = _gpu_obstacle(target, 80 if target.dtype == torch.bfloat16 else 75) or _dtype_obstacle(target, HALF)
-    return found or _cpp_obstacle(target)
+    lowest = 80 if target.dtype == torch.bfloat16 else 75
+    found = _gpu_obstacle(target, lowest) or _dtype_obstacle(target, HALF) or _cpp_obstacle(target)
+    return found or (cuda_build.bfloat16_obstacle(target.architecture) if target.dtype == torch.bfloat16 else "")
 
 
 def _triton_obstacle(target: Target) -> str:
@@ -110,7 +123,7 @@ def _flash_attn_obstacle(target: Target) -> str:
 def _torch_varlen_obstacle(target: Target) -> str:
     if found := _gpu_obstacle(target, 80):
         return found
-    if not peers.varlen_attn_has_window():
+    if target.windowed and not peers.varlen_attn_has_window():
         return f"varlen_attn of torch {torch.__version__} takes no window; pip install -U torch"
     return _dtype_obstacle(target, HALF)
 
@@ -156,6 +169,11 @@ def _no_obstacle(target: Target) -> str:
 _CPP, _TRITON, _EMULATED = map(Implementation, (_cpp_obstacle, _triton_obstacle, _emulated_obstacle))
 
 
+# The floor of an operator: the first of these that can run. Stock PyTorch, trusted without having been measured.
+FLOOR: dict[str, tuple[str, ...]] = {"attention": ("torch_varlen", "torch_efficient", "padded")}
+NEVER_UNASKED = ("reference", "emulated", "emulated_fused")  # definitions and tests
+
+
 def _plain(function: Callable) -> Implementation:
     return Implementation(_no_obstacle, function)
 
@@ -166,14 +184,22 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "cpp": _CPP,
         "triton": _TRITON,
         "apex": Implementation(_apex_obstacle, peers.apex_layernorm),
+        "stock": _plain(stock.layernorm),
         "reference": _plain(reference.layernorm),
         "emulated": _EMULATED,
     },
-    "glu": {"cpp": _CPP, "triton": _TRITON, "reference": _plain(reference.glu), "emulated": _EMULATED},
+    "glu": {
+        "cpp": _CPP,
+        "triton": _TRITON,
+        "stock": _plain(stock.glu),
+        "reference": _plain(reference.glu),
+        "emulated": _EMULATED,
+    },
     "layernorm_glu": {
         "cpp": _CPP,
         "cpp_fused": Implementation(_cpp_fused_obstacle),
         "triton": _TRITON,
+        "stock": _plain(stock.layernorm_glu),
         "reference": _plain(reference.layernorm_glu),
         "emulated": _EMULATED,
         "emulated_fused": Implementation(_emulated_fused_obstacle),
@@ -183,12 +209,14 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "flash_attn": Implementation(_flash_attn_obstacle, peers.flash_attn),
         "torch_varlen": Implementation(_torch_varlen_obstacle, peers.torch_varlen),
         "torch_efficient": Implementation(_torch_efficient_obstacle, peers.torch_efficient),
+        "padded": _plain(stock.padded_attention),
         "reference": _plain(reference.varlen_attention),
         "emulated": _EMULATED,
     },
     "cross_entropy": {
         "cpp": _CPP,
         "triton": _TRITON,
+        "stock": _plain(stock.masked_cross_entropy),
         "reference": _plain(reference.masked_cross_entropy),
         "emulated": _EMULATED,
     },
@@ -196,6 +224,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "cpp": _CPP,
         "triton": _TRITON,
         "apex": Implementation(_apex_adamw_obstacle),
+        "stock": _plain(stock.adamw),
         "reference": _plain(reference.adamw),
         "emulated": _EMULATED,
     },
@@ -205,6 +234,7 @@ OPERATORS = tuple(IMPLEMENTATIONS)
 _PARTS = {"layernorm_glu": ("layernorm", "glu", "layernorm_glu")}
 
 _overrides: dict[tuple[str, str], str] = {}  # (op, device) -> implementation
+_settled: dict[tuple[str, str, torch.dtype, bool], tuple[str, str]] = {}  # _place() -> (implementation, reason)
 _picked: dict[tuple, str] = {}  # arguments of _find() -> its result
 
 
@@ -238,21 +268,80 @@ def choose(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> 
         return choice("cpp", f"C++ for the CPU, {extension.cpu_isa}")
     if device != "cuda":
         return choice("reference", f"no kernel was built for {device}")
-    if settled := _settled.get((op, device, dtype, windowed)):
-        return choice(*settled)
-    # AdamW's buffers are float32, whatever the dtype of the weights that the model multiplies with.
-    chip, measured_dtype = architecture(device), "float32" if op == "adamw" else _name(dtype)
-    row = measured().get((op, chip, measured_dtype))
-    if row is None:
-        ours = [name for name in IMPLEMENTATIONS[op] if name != "reference" and not blocked(name)]
-        ask = f"; to take one all the same: --kernels {op}={'|'.join(ours)}" if ours else ""
-        return choice("reference", f"nothing has been measured on {chip} in {measured_dtype}{ask}")
-    reasons = [f"fastest of those measured on {chip} ({row['device']}, commit {row['commit']})"]
-    for name in sorted(row["relative_time"], key=row["relative_time"].get):
-        if not (found := blocked(name)):
-            return choice(name, "; ".join(reasons))
-        reasons.append(f"{name} was faster, but {found}")
-    raise ValueError(f"{MEASURED}: {op} on {chip} has no reference beside it; write rows with python -m bench.choose")
+    if verdict := _settled.get(_place(op, device, dtype, windowed)):
+        return choice(*verdict, blocked(verdict[0]))
+    return choice(floor(op, device, dtype, windowed), _floor_reason(op, device, dtype, windowed))
+
+
+def floor(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> str:
+    """The implementation of stock PyTorch that needs no measurement there; it is never the reference."""
+    names = FLOOR.get(op, ("stock",))
+    return next(name for name in names if not obstacle(op, name, device, dtype, windowed))
+
+
+def _floor_reason(op: str, device: str, dtype: torch.dtype, windowed: bool) -> str:
+    reason = f"stock PyTorch, needs no measurement on {architecture(device)}"
+    if op == "attention" and (why := _rotation_obstacle(Target(op, device, dtype, architecture(device), windowed))):
+        reason += f"; rotation in PyTorch's operators: {why}"
+    known = (*FLOOR.get(op, ("stock",)), "stock")
+    waiting = [name for name in candidates(op, device, dtype, windowed) if name not in known]
+    wait = "waits" if len(waiting) == 1 else "wait"
+    return f"{reason}; {', '.join(waiting)} {wait} for --qualify" if waiting else reason
+
+
+def _rotation_obstacle(target: Target) -> str:
+    """Why arrange.py takes torch's operators for the rotation there, as far as it is known before its first use."""
+    return _triton_obstacle(target)
+
+
+def candidates(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> list[str]:
+    """Implementations without an obstacle there, the floor's among them, in the order in which they are worth a try.
+
+    A hint from measured.json: as fast as on this architecture or, unmeasured there, on the nearest; then the order of
+    the table. Never the reference, never what exists for tests.
+    """
+    names = [name for name in IMPLEMENTATIONS[op] if name not in NEVER_UNASKED]
+    hint = _nearest_row(op, architecture(device), dtype)
+    order = sorted(names, key=lambda name: (hint.get(name, math.inf), names.index(name)))
+    return [name for name in order if not obstacle(op, name, device, dtype, windowed)]
+
+
+def _nearest_row(op: str, chip: str, dtype: torch.dtype) -> dict[str, float]:
+    """Relative times measured on the architecture next to this one; nothing where nothing was measured."""
+
+    def capability(name: str) -> int:
+        digits = name.removeprefix("sm_")
+        return int(digits) if digits.isdigit() else 0
+
+    rows = {
+        place[1]: row
+        for place, row in measured().items()
+        if (place[0], place[2]) == (op, _name(_place(op, "cuda", dtype, False)[2]))
+    }
+    if not rows:
+        return {}
+    return rows[min(rows, key=lambda name: (abs(capability(name) - capability(chip)), name))]["relative_time"]
+
+
+def _place(op: str, device: str, dtype: torch.dtype, windowed: bool) -> tuple[str, str, torch.dtype, bool]:
+    """Key of a verdict. AdamW's buffers are float32, whatever the dtype of the weights that the model multiplies."""
+    return op, device, torch.float32 if op == "adamw" else dtype, windowed and op == "attention"
+
+
+def settle(op: str, device: str, dtype: torch.dtype, implementation: str, reason: str, windowed: bool = False) -> None:
+    """Take an implementation in this process wherever none is asked for; `reason` is the line that is shown for it.
+
+    Raises:
+        ValueError: no such implementation.
+    """
+    if implementation not in IMPLEMENTATIONS[op]:
+        raise ValueError(f"kernels: unknown implementation {implementation!r} of {op}")
+    _settled[_place(op, device, dtype, windowed)] = implementation, reason
+
+
+def unsettle() -> None:
+    """Forget every verdict."""
+    _settled.clear()
 
 
 @functools.cache
@@ -269,20 +358,27 @@ def pick(op: str, tensor: torch.Tensor, windowed: bool = False) -> tuple[str, Ca
         ValueError: the implementation that was asked for cannot run on it.
     """
     device = tensor.device.type
-    key = (op, device, tensor.dtype, windowed, _overrides.get((op, device)))
+    key = (
+        op,
+        device,
+        tensor.dtype,
+        windowed,
+        _overrides.get((op, device)),
+        _settled.get(_place(op, device, tensor.dtype, windowed)),
+    )
     if key not in _picked:
         _picked[key] = _find(*key)
     return _picked[key], IMPLEMENTATIONS[op][_picked[key]].function
 
 
-def _find(op: str, device: str, dtype: torch.dtype, windowed: bool, asked: str | None) -> str:
+def _find(op: str, device: str, dtype: torch.dtype, windowed: bool, *_asked_and_settled) -> str:
     choice = choose(op, device, dtype, windowed)
     if choice.obstacle:
         raise ValueError(f"kernels: {op}={choice.implementation} is not possible: {choice.obstacle}")
     return choice.implementation
 
 
-# torch.compile cannot trace through files and imports; it may take the result as constant, guarded by _overrides. This
+# torch.compile cannot trace through files and imports; it may take the result as constant: its arguments guard it. This
 # is all that torch.compiler.assume_constant_result does, but for importing dynamo and Triton, 1.6 s at every start.
 _find._dynamo_marked_constant = True
 
@@ -363,31 +459,3 @@ def table(device: str) -> list[Choice]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-# Stand-ins, until the floor of stock PyTorch is there: what qualification (cramfast/qualify) asks of this module.
-_settled: dict[tuple[str, str, torch.dtype, bool], tuple[str, str]] = {}  # -> (implementation, reason)
-
-
-def floor(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> str:
-    """The stock implementation that needs no measurement."""
-    return "reference"
-
-
-def candidates(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> list[str]:
-    """The implementations with no obstacle, the likely fastest first."""
-    found = [name for name in IMPLEMENTATIONS[op] if not obstacle(op, name, device, dtype, windowed)]
-    times = measured().get((op, architecture(device), _name(dtype)), {"relative_time": {}})["relative_time"]
-    return sorted(found, key=lambda name: times.get(name, float("inf")))
-
-
-def settle(op: str, device: str, dtype: torch.dtype, implementation: str, reason: str, windowed: bool = False) -> None:
-    """Let a verdict decide in this process what `op` takes unasked."""
-    _settled[op, device, dtype, windowed] = (implementation, reason)
-    _picked.clear()
-
-
-def unsettle() -> None:
-    """Forget every verdict."""
-    _settled.clear()
-    _picked.clear()

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import re
 from pathlib import Path
 
@@ -38,7 +39,8 @@ try:
     missing_reason = ""
 except (ImportError, OSError) as error:  # shown by doctor and at the start of every run, never silent
     module, cpu_isa = None, "none"
-    missing_reason = f"compiled module not loaded ({error}); build it with: pip install -e ."
+    why = error if importlib.util.find_spec("cramfast._C") else "it was installed without it"
+    missing_reason = f"compiled module not loaded ({why}); build it with: pip install -e ."
 
 
 def storage_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
@@ -84,8 +86,11 @@ def _call_emulated(target, name: str, arguments):
     return getattr(target, name)(target.Cuda(0), *map(_plain, arguments))
 
 
-def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise ValueError unless the tensor has this shape and dtype, is contiguous and starts on 16 bytes."""
+def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, on: torch.Tensor) -> None:
+    """Raise ValueError unless the tensor has this shape and dtype, lies on the device of the operator's first tensor
+    `on`, is contiguous and starts on 16 bytes."""
+    if tensor.device != on.device:
+        raise ValueError(f"{name}: on {tensor.device}, but the operator's first tensor is on {on.device}; move one")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype != dtype:
@@ -96,9 +101,10 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.
         raise ValueError(f"{name}: not aligned to 16 bytes; clone the slice first")
 
 
-def check_activations(name: str, tensor: torch.Tensor, implementation: str = "cpp") -> None:
-    """Raise ValueError unless the tensor is stored in a supported dtype, contiguous and aligned."""
+def check_activations(name: str, tensor: torch.Tensor, implementation: str = "cpp", on: torch.Tensor = None) -> None:
+    """Raise ValueError unless the tensor is stored in a supported dtype, contiguous, aligned and, unless it is the
+    operator's first, on the device of that one."""
     for_gpus = emulated or implementation == "triton"  # wherever these run, they are kernels for a GPU
     if tensor.dtype not in storage_dtypes("cuda" if for_gpus else tensor.device.type):
         raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; use float32 or bfloat16")
-    check(name, tensor, tuple(tensor.shape), tensor.dtype)
+    check(name, tensor, tuple(tensor.shape), tensor.dtype, tensor if on is None else on)

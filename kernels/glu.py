@@ -30,7 +30,7 @@ def _forward_fake(x_N2F, activation, implementation="cpp"):
 
 def _backward(dh_NF, x_N2F, activation, implementation="cpp"):
     N, F = _rows_and_features(x_N2F, activation, implementation)
-    check("dh", dh_NF, (N, F), x_N2F.dtype)
+    check("dh", dh_NF, (N, F), x_N2F.dtype, x_N2F)
     dx_N2F = torch.empty_like(x_N2F)
     launch = dispatch.launcher(implementation)
     launch(

@@ -15,10 +15,10 @@ def _forward(x_ND, residual_ND, weight_D, bias_D, eps, implementation="cpp"):
     if not 0 < D <= MAX_WIDTH:
         raise ValueError(f"x: width {D} is outside 1..{MAX_WIDTH}")
     if residual_ND is not None:
-        check("residual", residual_ND, (N, D), x_ND.dtype)
-    check("weight", weight_D, (D,), torch.float32)
+        check("residual", residual_ND, (N, D), x_ND.dtype, x_ND)
+    check("weight", weight_D, (D,), torch.float32, x_ND)
     if bias_D is not None:
-        check("bias", bias_D, (D,), torch.float32)
+        check("bias", bias_D, (D,), torch.float32, x_ND)
     y_ND, stream_ND, mean_N, rstd_N = _forward_fake(x_ND, residual_ND, weight_D, bias_D, eps)
     launch = dispatch.launcher(implementation)
     launch(
@@ -50,9 +50,12 @@ def _forward_fake(x_ND, residual_ND, weight_D, bias_D, eps, implementation="cpp"
 def _backward(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, weight_D, implementation="cpp"):
     N, D = stream_ND.shape
     check_activations("stream", stream_ND, implementation)
-    check("dy", dy_ND, (N, D), stream_ND.dtype)
+    check("dy", dy_ND, (N, D), stream_ND.dtype, stream_ND)
     if dstream_ND is not None:
-        check("dstream", dstream_ND, (N, D), stream_ND.dtype)
+        check("dstream", dstream_ND, (N, D), stream_ND.dtype, stream_ND)
+    for name, statistic_N in (("mean", mean_N), ("rstd", rstd_N)):
+        check(name, statistic_N, (N,), torch.float32, stream_ND)
+    check("weight", weight_D, (D,), torch.float32, stream_ND)
     dx_ND, dweight_D, dbias_D = _backward_fake(dy_ND, dstream_ND, stream_ND, mean_N, rstd_N, weight_D)
     launch = dispatch.launcher(implementation)
     partials = launch("layernorm_partials", dy_ND, N)

@@ -17,11 +17,11 @@ def _forward(x_ND, residual_ND, norm_weight_D, norm_bias_D, weight_2FD, activati
     check_activations("x", x_ND, implementation)
     N, D = x_ND.shape
     if residual_ND is not None:
-        check("residual", residual_ND, (N, D), x_ND.dtype)
-    check("norm_weight", norm_weight_D, (D,), torch.float32)
+        check("residual", residual_ND, (N, D), x_ND.dtype, x_ND)
+    check("norm_weight", norm_weight_D, (D,), torch.float32, x_ND)
     if norm_bias_D is not None:
-        check("norm_bias", norm_bias_D, (D,), torch.float32)
-    check("weight_in", weight_2FD, (weight_2FD.shape[0], D), x_ND.dtype)
+        check("norm_bias", norm_bias_D, (D,), torch.float32, x_ND)
+    check("weight_in", weight_2FD, (weight_2FD.shape[0], D), x_ND.dtype, x_ND)
     if weight_2FD.shape[0] % 2:
         raise ValueError(f"weight_in: expected (2 F, D), got {tuple(weight_2FD.shape)}")
     if activation not in ACTIVATION_CODES:
@@ -91,7 +91,7 @@ class _LayerNormGlu(torch.autograd.Function):
         dgates_N2F = glu_bwd(dh_NF, gates_N2F, ctx.activation, ctx.implementation)
         # One pass over the stream is cheaper than holding N x D normalised values from forward to backward.
         y_ND = layernorm_fwd(stream_ND, None, norm_weight_D, norm_bias_D, ctx.eps, ctx.implementation)[0]
-        dweight_2FD = dgates_N2F.t() @ y_ND
+        dweight_2FD = linear.weight_gradient(dgates_N2F, y_ND)
         dy_ND = linear.input_gradient(dgates_N2F, weight_2FD)
         dstream_ND = None if dstream_ND is None else dstream_ND.contiguous()
         dx_ND, dnorm_weight_D, dnorm_bias_D = layernorm_bwd(

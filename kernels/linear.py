@@ -4,6 +4,9 @@ By their data sheets, GeForce cards multiply float16 at twice the rate when the 
 the input gradient sum over a layer's width (at most a few thousand terms), the weight gradient over all tokens of a
 microbatch: there, half precision would lose the small terms, so it is never allowed. Nor is it for the decoder, whose
 input gradient sums over the vocabulary.
+
+Besides, torch by default lets cuBLAS split a sum and add the parts in half precision ("reduced precision reduction").
+For the weight gradient that is switched off too.
 """
 
 import contextlib
@@ -32,6 +35,18 @@ def _half_accumulation() -> Iterator[None]:
         flags.allow_fp16_accumulation = before
 
 
+@contextlib.contextmanager
+def whole_sums() -> Iterator[None]:
+    """Inside the block no product adds parts of its sums in half precision. The flags are the host's: nothing waits."""
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_fp16_reduced_precision_reduction, flags.allow_bf16_reduced_precision_reduction
+    flags.allow_fp16_reduced_precision_reduction = flags.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        flags.allow_fp16_reduced_precision_reduction, flags.allow_bf16_reduced_precision_reduction = before
+
+
 def product(x_ND, weight_ED):
     """x weight^T: (N, D), (E, D) -> (N, E), outside autograd."""
     with _half_accumulation() if _allowed else contextlib.nullcontext():
@@ -44,8 +59,14 @@ def input_gradient(dy_NE, weight_ED):
         return dy_NE @ weight_ED
 
 
+def weight_gradient(dy_NE, x_ND):
+    """dy^T x: (N, E), (N, D) -> (E, D), outside autograd; the sum over all tokens is float32 throughout."""
+    with contextlib.nullcontext() if x_ND.device.type == "cpu" else whole_sums():
+        return dy_NE.t() @ x_ND
+
+
 class LinearFunction(torch.autograd.Function):
-    """(N, D) and (E, D) -> (N, E) by product(), the input's gradient by input_gradient(), the weight's by torch."""
+    """(N, D) and (E, D) -> (N, E) by product(), gradients by input_gradient() and weight_gradient()."""
 
     @staticmethod
     def forward(ctx, x_ND, weight_ED):
@@ -55,13 +76,13 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_NE):
         x_ND, weight_ED = ctx.saved_tensors
-        return input_gradient(dy_NE, weight_ED), dy_NE.t() @ x_ND
+        return input_gradient(dy_NE, weight_ED), weight_gradient(dy_NE, x_ND)
 
 
 def linear(x, weight):
     """A linear layer without bias: (N, D) and (E, D) -> (N, E).
 
-    Only where half-precision accumulation is allowed is this more than torch's own: the flag stands for the whole
-    process, so it is set around two of the three products and taken back for the third.
+    On a CPU, where no flag matters, it is torch's own: the flags stand for the whole process, so they are set around
+    single products and taken back, which autograd's own backward pass would not allow.
     """
-    return LinearFunction.apply(x, weight) if _allowed else F.linear(x, weight)
+    return LinearFunction.apply(x, weight) if _allowed or x.device.type != "cpu" else F.linear(x, weight)

@@ -1,8 +1,8 @@
 """Operators of other libraries that may stand in for ours where they are installed; nothing here is needed.
 
 Each takes the arguments of the public function and keeps its meaning: rotary positions, which these libraries lack, are
-applied before, and rows that belong to no sequence come out as zeros with zero gradients. None of them has run with
-this code on a GPU yet.
+applied before (arrange.py), and rows that belong to no sequence come out as zeros with zero gradients. None of them has
+run with this code on a GPU yet. torch's own two are the floor of attention where they can run (dispatch.FLOOR).
 """
 
 import importlib.util
@@ -10,7 +10,8 @@ import inspect
 
 import torch
 
-from cramfast.kernels import reference
+from cramfast.kernels import arrange
+from cramfast.kernels.places import Places
 
 NO_MASK = 0  # custom_mask_type of aten::_efficient_attention_forward
 
@@ -20,27 +21,21 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _attention(attend, qkv, cu_seqlens, max_seqlen, rotary):
+def _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places):
     """attend(q, k, v, cu_seqlens, max_seqlen) on the rows of the sequences, zeros elsewhere.
 
     Rows of no sequence are replaced on the way in and out: these libraries leave them unwritten in output and gradient
     (NaN: pytorch issue 176793), and torch.where lets no gradient through where it replaces. Cutting them off would
     wait for the device to say where the last sequence ends.
     """
-    row = torch.arange(len(qkv), dtype=torch.int32, device=qkv.device)
-    own = (row < cu_seqlens[-1])[:, None, None]
-    q, k, v = torch.where(own[:, None], qkv, 0).unbind(1)
+    places = places or Places(cu_seqlens, len(qkv), max_seqlen)
+    q, k, v = arrange.arrange(qkv, places, rotary if max_seqlen else None).unbind(1)
     if max_seqlen == 0:  # all rows are zeros now, and no kernel can be launched for no block
         return v
-    if rotary is not None:
-        sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1
-        position = (row - cu_seqlens[sequence]).clamp(max=max_seqlen - 1)  # rows of no sequence count on
-        cos, sin = (table[position] for table in rotary)
-        q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
-    return torch.where(own, attend(q, k, v, cu_seqlens, max_seqlen), 0)
+    return torch.where(places.own_N[:, None, None], attend(q, k, v, cu_seqlens, max_seqlen), 0)
 
 
-def flash_attn(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
+def flash_attn(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None):
     """FlashAttention-2 of the package flash-attn, with its deterministic backward pass."""
     from flash_attn import flash_attn_varlen_qkvpacked_func
 
@@ -50,23 +45,23 @@ def flash_attn(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
         packed = torch.stack([q, k, v], dim=1)
         return flash_attn_varlen_qkvpacked_func(packed, cu_seqlens, max_seqlen, window_size=both, deterministic=True)
 
-    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary)
+    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places)
 
 
-def torch_varlen(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
+def torch_varlen(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None):
     """FlashAttention-2 as torch.nn.attention.varlen has it; its backward pass adds in any order unless
     torch.use_deterministic_algorithms is set."""
     from torch.nn.attention.varlen import varlen_attn
 
-    both = (-1, -1) if window is None else (window, window)
+    local = {} if window is None else {"window_size": (window, window)}
 
     def attend(q, k, v, cu_seqlens, max_seqlen):
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=both)
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **local)
 
-    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary)
+    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places)
 
 
-def torch_efficient(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
+def torch_efficient(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None):
     """The memory-efficient attention that torch has for Turing too; no window, and a backward pass that adds in any
     order unless torch.use_deterministic_algorithms is set."""
     if window is not None:
@@ -77,7 +72,7 @@ def torch_efficient(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
         forward = torch.ops.aten._efficient_attention_forward
         return forward(q[None], k[None], v[None], None, *offsets, *longest, 0.0, NO_MASK, q.requires_grad)[0][0]
 
-    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary)
+    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places)
 
 
 def varlen_attn_has_window() -> bool:

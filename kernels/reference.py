@@ -1,4 +1,4 @@
-"""Every operator in plain PyTorch: the definition that tests trust and the path where no kernel was built.
+"""Every operator in plain PyTorch: the definition that tests trust, and the path of a CPU without our module.
 
 Dimension letters: N tokens of all sequences end to end, D width, H heads, K head width, F feed-forward width,
 V vocabulary, M masked tokens, S sequences.
@@ -36,8 +36,9 @@ def rotate(x_NHK, cos_NK2, sin_NK2):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
-    """Softmax attention inside each sequence, in both directions; rows outside every sequence are zero."""
+def varlen_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None):
+    """Softmax attention inside each sequence, in both directions; rows outside every sequence are zero. It reads the
+    offsets on the host and goes from sequence to sequence: never what a GPU runs unasked."""
     out_NHK = torch.zeros_like(qkv[:, 0])
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         if start == end:

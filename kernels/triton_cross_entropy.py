@@ -11,7 +11,7 @@ LONGEST_ROW = 16384  # logits held at a time: 32 a thread; 32 warps leave 64 reg
 
 
 @triton.jit
-def _whole_row_kernel(logits, target, loss, scale, vocabulary, z_loss, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+def _whole_row_kernel(logits, target, loss, vocabulary, z_loss, gain, WRITE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row)
     column = tl.arange(0, BLOCK)
@@ -28,13 +28,12 @@ def _whole_row_kernel(logits, target, loss, scale, vocabulary, z_loss, WRITE: tl
         # Exponentials of other arguments: the first ones, held beside the logits, would not fit the registers.
         probability = tl.exp((z - largest) - log_sum)
         slope = probability * (1.0 + 2.0 * z_loss * lse) - tl.where(column == wanted, 1.0, 0.0)
-        slope *= tl.load(scale)
-        slope = tl.where(wanted < 0, 0.0, slope)
+        slope = tl.where(wanted < 0, 0.0, slope * gain)
         tl.store(logits, slope.to(logits.dtype.element_ty), inside)
 
 
 @triton.jit
-def _chunked_row_kernel(logits, target, loss, scale, vocabulary, z_loss, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+def _chunked_row_kernel(logits, target, loss, vocabulary, z_loss, gain, WRITE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row)
     logits += row * vocabulary
@@ -57,17 +56,17 @@ def _chunked_row_kernel(logits, target, loss, scale, vocabulary, z_loss, WRITE: 
     row_loss = tl.log(total) + (largest - tl.sum(at_target, 0)) + z_loss * lse * lse
     tl.store(loss + row, tl.where(wanted < 0, 0.0, row_loss))
     if WRITE:
-        factor, share = tl.load(scale), (1.0 + 2.0 * z_loss * lse) / total
+        share = (1.0 + 2.0 * z_loss * lse) / total
         for begin in range(0, vocabulary, BLOCK):
             column = begin + lane
             inside = column < vocabulary
             z = tl.load(logits + column, inside, other=float("-inf")).to(tl.float32)
-            slope = (tl.exp(z - largest) * share - tl.where(column == wanted, 1.0, 0.0)) * factor
+            slope = (tl.exp(z - largest) * share - tl.where(column == wanted, 1.0, 0.0)) * gain
             slope = tl.where(wanted < 0, 0.0, slope)
             tl.store(logits + column, slope.to(logits.dtype.element_ty), inside)
 
 
-def cross_entropy(logits, target, loss, scale, rows, vocabulary, z_loss, write_gradient, _dtype_code):
+def cross_entropy(logits, target, loss, rows, vocabulary, z_loss, gain, write_gradient, _dtype_code):
     """Loss of every row, gradient in place of the logits; arguments, shapes and formula: csrc/cross_entropy.h."""
     if not rows:
         return
@@ -77,4 +76,4 @@ def cross_entropy(logits, target, loss, scale, rows, vocabulary, z_loss, write_g
     else:
         block, kernel, warps = 8192, _chunked_row_kernel, 8
     options = {"WRITE": write_gradient, "BLOCK": block, "num_warps": warps}
-    kernel[(rows,)](logits, target, loss, scale, vocabulary, z_loss, **options)
+    kernel[(rows,)](logits, target, loss, vocabulary, z_loss, gain, **options)

@@ -17,6 +17,7 @@ from cramfast.config import ModelConfig, TrainConfig, to_json
 from cramfast.runtime.distributed import ALONE, Team
 from cramfast.session import checkpoint, runfolder
 from cramfast.session.budget import Replay, parse_budget
+from cramfast.session.metrics import MatmulPeak
 
 FIRST = 5  # ids below are the special tokens
 MASK = 4
@@ -89,7 +90,8 @@ def install(patch) -> None:
     """Put the fakes in place; `patch(module, name, value)` is monkeypatch.setattr or setattr."""
     patch(feed, "BatchSource", FakeSource)
     patch(feed, "Prefetcher", FakePrefetcher)
-    patch(runfolder, "measure_matmul_peak", lambda dtype, device: 1e11)  # half a second of every run otherwise
+    peak = MatmulPeak(1e11, False)  # measuring takes half a second of every run
+    patch(runfolder, "measure_matmul_peak", lambda dtype, device: peak)
 
 
 def rows(folder: Path, key: str = "microbatches") -> list[dict]:

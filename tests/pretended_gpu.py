@@ -1,6 +1,8 @@
 """A pytest plugin (-p pretended_gpu) that lets the benchmarks' GPU path run on a CPU: what asks for "cuda" gets the
 CPU, events read the wall clock, sizes are toys. It shows that the path runs from end to end, not that a GPU would
-agree. With PRETENDED_FAULT=1 the gate is wrong."""
+agree. With PRETENDED_FAULT=1 the gate is wrong; PRETENDED_CAPABILITY=8.6 makes it another card than an sm_90.
+
+card() alone pretends within a test: dispatch chooses as on that card, and nothing runs there."""
 
 import os
 import time
@@ -18,9 +20,27 @@ SHAPES = {
     "glu": ({"N": 16, "F": 64},),
     "layernorm_glu": ({"N": 16, "D": 32, "F": 16},),
 }
+CAPABILITY = tuple(map(int, os.environ.get("PRETENDED_CAPABILITY", "9.0").split(".")))
 PROPERTIES = SimpleNamespace(
-    name="pretended", major=9, minor=0, multi_processor_count=1, total_memory=1, uuid="00000000-0000"
+    name="pretended",
+    major=CAPABILITY[0],
+    minor=CAPABILITY[1],
+    multi_processor_count=1,
+    total_memory=1,
+    uuid="00000000-0000",
 )
+
+
+def card(monkeypatch, architecture: str, packages: tuple[str, ...] = ("triton",), built: bool = False) -> None:
+    """dispatch on a machine with a card of this architecture, as "sm_86", only these packages, and our module with its
+    CUDA part or without."""
+    from cramfast.kernels import dispatch, extension, peers
+
+    module = SimpleNamespace(cuda=built, cuda_operators=dispatch.OPERATORS)
+    monkeypatch.setattr(extension, "module", module)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: architecture)
+    monkeypatch.setattr(peers, "installed", lambda module: module in packages)
+    dispatch._picked.clear()
 
 
 class Redirected(TorchFunctionMode):
@@ -59,7 +79,7 @@ redirected = Redirected()
 def pytest_configure():
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.get_device_capability = lambda *_: CAPABILITY
     torch.cuda.get_device_properties = lambda *_: PROPERTIES
     torch.cuda.Event = Event
     from bench import goals, machine

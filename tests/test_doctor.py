@@ -11,7 +11,7 @@ import torch
 
 import cramfast.kernels
 from cramfast import doctor
-from cramfast.kernels import dispatch, extension
+from cramfast.kernels import cuda_build, dispatch, extension
 
 
 @pytest.fixture
@@ -40,6 +40,20 @@ def test_report_and_exit_status(arguments, on_reference, capsys):
         assert part in said, part
     for part in ("Could run on cpu if asked for", "Cannot run on cpu", "flash_attn", "it runs on GPUs only"):
         assert part in said, part
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_no_value_is_cut_or_broken_by_the_terminal(arguments, on_reference, capsys, monkeypatch, columns):
+    long = "2.14.1+cu130.git" + "0123456789abcdef" * 8
+    version, compiler = doctor._version, "/opt/" + "a long folder/" * 9 + "c++, 12.2.0"
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(doctor, "_version", lambda name: long if name == "torch" else version(name))
+    monkeypatch.setattr(doctor, "_compiler", lambda name, path: compiler)
+    doctor.main()
+    said = capsys.readouterr().out
+    for part in (f"torch         {long}", f"C++ compiler     {compiler}", *dispatch.OPERATORS, "flash_attn"):
+        assert part in said, part
+    assert "…" not in said
 
 
 def test_what_else_could_run_and_what_cannot(monkeypatch):
@@ -126,7 +140,7 @@ def test_a_missing_module_is_explained(monkeypatch):
 @pytest.mark.parametrize(("present", "expected"), [(True, "CUDA kernels"), (False, None)])
 def test_what_only_a_gpu_needs_is_asked_for_only_there(monkeypatch, present, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
-    monkeypatch.setattr(doctor, "_nvcc", lambda: None)
+    monkeypatch.setattr(cuda_build, "nvcc", lambda: None)
     if extension.module is None or extension.module.cuda:
         pytest.skip("needs a module built without CUDA")
     asked = {what: remedy for what, _, remedy in doctor.missing()}
@@ -152,7 +166,7 @@ def test_a_lower_instruction_set_is_shown_and_right():
     ],
 )
 def test_an_instruction_set_that_is_ignored_is_named(monkeypatch, wanted, said):
-    monkeypatch.setattr(extension, "module", SimpleNamespace(cuda=False))
+    monkeypatch.setattr(extension, "module", SimpleNamespace(cuda=False, cuda_missing="no nvcc"))
     monkeypatch.setattr(extension, "cpu_isa", "avx2")
     monkeypatch.setenv("CRAMFAST_CPU", wanted)
     assert dict(doctor.machine())["instruction set"].endswith(said)
@@ -161,3 +175,25 @@ def test_an_instruction_set_that_is_ignored_is_named(monkeypatch, wanted, said):
 def test_the_instruction_sets_are_those_of_the_source():
     source = Path(__file__).parent.parent / "csrc" / "cpu_dispatch.cpp"
     assert f"CRAMFAST_CPU={'|'.join(doctor.BUILDS)} takes" in source.read_text(encoding="utf-8")
+
+
+def _module_that_launches(error=None):
+    def empty_launch(device):
+        if error:
+            raise RuntimeError(error)
+
+    return SimpleNamespace(cuda=True, Cuda=lambda stream: stream, empty_launch=empty_launch)
+
+
+def test_an_empty_launch_tells_the_runtimes_own_text(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_driver_loaded", lambda: True)  # the driver is there, torch was built without CUDA
+    monkeypatch.setattr(extension, "module", _module_that_launches())
+    assert doctor._empty_launch() == "works"
+    text = "empty launch: CUDA driver version is insufficient for CUDA runtime version (cudaErrorInsufficientDriver)"
+    monkeypatch.setattr(extension, "module", _module_that_launches(text))
+    assert doctor._empty_launch() == f"failed: {text}"
+    monkeypatch.setattr(doctor, "_driver_loaded", lambda: False)
+    assert doctor._empty_launch() == "none to make: no GPU"
+    monkeypatch.setattr(extension, "module", SimpleNamespace(cuda=False))
+    assert "no CUDA kernels are built" in doctor._empty_launch()

@@ -25,6 +25,7 @@ FLOORS = (
     ("stages", "evaluate"),
     ("train",),
     ("scaling",),
+    ("__main__",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

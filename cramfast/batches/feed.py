@@ -184,9 +184,12 @@ def batch_flops(model: ModelConfig, batch: Batch, objective: str = "mlm") -> flo
     return batch.tokens * each(model, len(batch.target_M) / batch.tokens, mean_len)
 
 
-def heldout_batches(config: TrainConfig, prepared: Path, device: torch.device) -> list[Batch]:
-    """The same held-out tokens under the same masks, whenever and by whomever they are asked for, whatever size of
-    microbatch the training takes."""
+def heldout_batches(config: TrainConfig, prepared: Path, device: torch.device, most: int = 0) -> list[Batch]:
+    """The same held-out tokens under the same masks, whenever and by whomever they are asked for.
+
+    Where memory made the training's microbatches smaller, `most` tokens and no more lie in a batch: the same
+    sequences, in more batches.
+    """
     source = BatchSource(
         prepared,
         "heldout",
@@ -197,7 +200,32 @@ def heldout_batches(config: TrainConfig, prepared: Path, device: torch.device) -
         shuffle=False,
     )
     count = min(source.batches(0), max(1, config.heldout_tokens // config.microbatch_tokens))
-    return [to_device(source.batch(0, index, HELDOUT_MASK_FRACTION), device) for index in range(count)]
+    batches = (source.batch(0, index, HELDOUT_MASK_FRACTION) for index in range(count))
+    return [to_device(piece, device) for batch in batches for piece in pieces(batch, most or config.microbatch_tokens)]
+
+
+def pieces(batch: Batch, most: int) -> Iterator[Batch]:
+    """The batch in batches of at most `most` tokens, cut between sequences; the batch itself where it is no larger.
+
+    `most` is no less than the longest sequence.
+    """
+    if len(batch.ids_N) <= most:
+        yield batch
+        return
+    ends = batch.cu_seqlens.unique(sorted=True)
+    begin = 0
+    while begin < batch.tokens:
+        end = int(ends[ends <= begin + most][-1])
+        inside_M = (batch.masked_index_M >= begin) & (batch.masked_index_M < end)
+        yield Batch(
+            ids_N=batch.ids_N[begin:end].clone(),
+            cu_seqlens=(ends[(ends >= begin) & (ends <= end)] - begin).to(batch.cu_seqlens.dtype),
+            masked_index_M=batch.masked_index_M[inside_M] - begin,
+            target_M=batch.target_M[inside_M],
+            max_seqlen=batch.max_seqlen,
+            tokens=end - begin,
+        )
+        begin = end
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from cramfast.batches import pack
 from cramfast.errors import UserError
 from cramfast.text.prepared import PreparedText
-from cramfast.text.tokenizer import CLS, FIRST_WORD, MASK, SEP
+from cramfast.text.specials import CLS, FIRST_WORD, MASK, SEP
 
 IGNORED = -100  # target of an unused row; cross-entropy's usual mark
 FULL_ENOUGH = 0.94  # a microbatch fuller than this has exactly M masked tokens; only the last of an epoch is not

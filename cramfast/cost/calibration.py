@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import cramfast.kernels
-from cramfast.cost.roofline import CASE_OF, ORTHOGONALISE, Card, Part, bound, cost
+from cramfast.cost.cards import Card
+from cramfast.cost.roofline import CASE_OF, ORTHOGONALISE, Part, bound, cost
 from cramfast.kernels.cases import on_device, training_pass
-from cramfast.kernels.cross_entropy import CHUNK_BYTES
+from cramfast.kernels.cross_entropy import chunk_rows
 from cramfast.optim.muon import orthogonalised, product_dtype
 from cramfast.runtime.stopwatch import Stopwatch, Work, interleaved
 from cramfast.session.metrics import measure_copy_bandwidth, measure_matmul_peak
@@ -35,18 +36,18 @@ class Efficiency:
 def machine_at_hand(device: str, dtype: torch.dtype) -> Card:
     """The machine as a card: its rates measured now, in a second or two."""
     there = torch.device(device)
-    matmul, bandwidth = measure_matmul_peak(dtype, there), measure_copy_bandwidth(device)
+    matmul, bandwidth = measure_matmul_peak(dtype, there).flops, measure_copy_bandwidth(device)
     source = "measured now: copy of a large buffer, large square matmul"
     if device == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Card(cpu_name(), bandwidth, matmul, matmul, memory, None, source)
     properties = torch.cuda.get_device_properties(there)
     capability = (properties.major, properties.minor)
-    plain = measure_matmul_peak(torch.float32, there)
+    plain = measure_matmul_peak(torch.float32, there).flops
     return Card(properties.name, bandwidth, matmul, plain, properties.total_memory, capability, source)
 
 
-def fewer_rows(part: Part, share: float, dtype: torch.dtype) -> Part:
+def fewer_rows(part: Part, share: float, dtype: torch.dtype, device: str) -> Part:
     """The part at about this share of its rows, the whole of it from 1 on.
 
     Sequences are kept whole, and so are Muon's matrices and, where there are several, the loss's chunks of logits.
@@ -60,7 +61,7 @@ def fewer_rows(part: Part, share: float, dtype: torch.dtype) -> Part:
     else:
         step = LEAST_ROWS
         if part.op == "cross_entropy":
-            step = max(1, CHUNK_BYTES // (part.shape["V"] * dtype.itemsize))
+            step = chunk_rows(device, part.shape["V"], dtype)
         shape = {key: min(whole, step * max(1, round(share * whole / step)))}
     return replace(part, shape={**part.shape, **shape})
 
@@ -91,7 +92,7 @@ def measure(card: Card, parts: Iterable[Part], dtype: torch.dtype, rounds: int |
             continue
         seconds = bound(card, part.op, *cost(part.op, part.shape, dtype, device == "cuda")).seconds
         most = MOST_PARAMETERS / part.shape["P"] if part.op == "adamw" else math.inf
-        reduced = fewer_rows(part, min(PART_S / seconds, most), dtype)
+        reduced = fewer_rows(part, min(PART_S / seconds, most), dtype, device)
         least[part.name] = bound(card, part.op, *cost(reduced.op, reduced.shape, dtype, device == "cuda")).seconds
         works[part.name] = work(reduced, device, dtype)
     times, _ = interleaved(Stopwatch(device), works, rounds or ROUNDS)

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, counted from what optim.py, model.py and the operators keep."""
+"""How much memory a training step takes, counted from what optim, model and the operators keep."""
 
 import resource
 
@@ -21,7 +21,7 @@ def kept_bytes(config: TrainConfig, tokens: int) -> int:
 
     A layer keeps its normalised input, the stream before and after attention (D each), q, k, v (3 D), the mixed values
     (D), the pre-activations (2 F) and what the gate makes of them (F). The last layer goes on with the masked rows
-    after its attention. The loss keeps the gradients of its rows and of the decoder.
+    after its attention. The loss keeps the gradients of its rows and, in float32, of the decoder.
     """
     model, M = config.model, masked_tokens(config, tokens)
     D, F = model.width, model.feedforward
@@ -29,7 +29,7 @@ def kept_bytes(config: TrainConfig, tokens: int) -> int:
     head = (6 if model.head else 3) * D
     rows = tokens * ((model.layers - 1) * layer + attention) + M * (2 * D + 3 * F + head)
     statistics = 4 * tokens * model.layers * (4 + model.heads)  # mean and 1 / deviation of two norms; log-sum-exp
-    return (rows + model.vocab_size * D) * element_size(config) + statistics
+    return rows * element_size(config) + 4 * model.vocab_size * D + statistics
 
 
 def working_bytes(config: TrainConfig, tokens: int) -> int:
@@ -39,7 +39,7 @@ def working_bytes(config: TrainConfig, tokens: int) -> int:
     D; that of attention six.
     """
     D, F = config.model.width, config.model.feedforward
-    return tokens * max(3 * F + 4 * D, 6 * D) * element_size(config) + CHUNK_BYTES
+    return tokens * max(3 * F + 4 * D, 6 * D) * element_size(config) + CHUNK_BYTES[config.device]
 
 
 def update_bytes(config: TrainConfig) -> int:

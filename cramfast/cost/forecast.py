@@ -10,8 +10,9 @@ import torch
 
 from cramfast.config import ModelConfig, TrainConfig
 from cramfast.cost.calibration import Efficiency
+from cramfast.cost.cards import Card
 from cramfast.cost.losslaw import Law
-from cramfast.cost.roofline import Card, Part, bound, cost, microbatch_parts, parameter_count, update_parts
+from cramfast.cost.roofline import Part, bound, cost, microbatch_parts, parameter_count, update_parts
 from cramfast.errors import UserError
 from cramfast.kernels.cases import ragged_lengths
 from cramfast.model.encoder import flops_per_token

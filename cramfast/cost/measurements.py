@@ -9,8 +9,9 @@ import torch
 
 from cramfast.config import TrainConfig, from_json
 from cramfast.cost.calibration import Efficiency
+from cramfast.cost.cards import Card
 from cramfast.cost.forecast import forecast
-from cramfast.cost.roofline import TENSOR_CORE_OPERATORS, Card
+from cramfast.cost.roofline import TENSOR_CORE_OPERATORS
 from cramfast.errors import UserError
 from cramfast.session.record import Record, number, read_record
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cramfast.config import ModelConfig, TrainConfig
-from cramfast.errors import UserError
+from cramfast.cost.cards import Card
 from cramfast.kernels.cases import CASES, ragged_lengths
 from cramfast.model.encoder import Encoder
 from cramfast.optim.muon import NEWTON_SCHULZ_STEPS, product_dtype
@@ -19,63 +19,6 @@ TENSOR_CORE_OPERATORS = ("linear", "layernorm_glu", "attention", "cross_entropy"
 LONGEST_WHOLE_SEQUENCE = 128  # attention_short_max of csrc/attention_forms.h: beyond it a GPU takes the tiled form
 ORTHOGONALISE = {torch.bfloat16: "orthogonalise", torch.float32: "orthogonalise, float32"}  # by muon.product_dtype
 CASE_OF = {case.op: case for case in CASES}
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a device can do at most.
-
-    Attributes:
-        bandwidth: bytes/s of its memory.
-        tensor_flops: FLOP/s of half-precision products summed in float32, without sparsity.
-        plain_flops: FLOP/s of float32 outside the tensor cores.
-        memory_bytes: size of its memory.
-        capability: CUDA compute capability; None for a CPU, whose two rates are one.
-        source: where the figures come from.
-    """
-
-    name: str
-    bandwidth: float
-    tensor_flops: float
-    plain_flops: float
-    memory_bytes: int
-    capability: tuple[int, int] | None
-    source: str
-
-    @property
-    def dtype(self) -> str:
-        """The half precision that its tensor cores multiply: no bfloat16 before sm_80."""
-        return "bfloat16" if self.capability is None or self.capability >= (8, 0) else "float16"
-
-
-TURING = "NVIDIA Turing GPU Architecture whitepaper, reference clocks"
-GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper"
-CARDS = (
-    Card("T4", 320e9, 65e12, 8.1e12, 16 << 30, (7, 5), "NVIDIA T4 data sheet"),
-    # GeForce: half of the tensor rate when the sum is float32
-    Card("RTX 2080 Ti", 616e9, 53.8e12, 13.4e12, 11 << 30, (7, 5), TURING),
-    Card("RTX 3090", 936e9, 71e12, 35.6e12, 24 << 30, (8, 6), GA102),
-    Card("RTX A4000", 448e9, 76.7e12, 19.2e12, 16 << 30, (8, 6), "NVIDIA RTX A4000 data sheet"),
-    Card("RTX A6000", 768e9, 154.8e12, 38.7e12, 48 << 30, (8, 6), GA102),
-    Card("RTX 4090", 1008e9, 165.2e12, 82.6e12, 24 << 30, (8, 9), "NVIDIA Ada GPU Architecture whitepaper"),
-    Card("A100", 2.039e12, 312e12, 19.5e12, 80 * 10**9, (8, 0), "NVIDIA A100 data sheet, SXM 80 GB"),
-    Card("H100", 3.35e12, 989e12, 67e12, 80 * 10**9, (9, 0), "NVIDIA H100 data sheet, SXM"),
-    Card("H200", 4.8e12, 989e12, 67e12, 141 * 10**9, (9, 0), "NVIDIA H200 data sheet, SXM"),
-)
-
-
-def find_card(name: str) -> Card:
-    """The card of that name, upper or lower case, with or without the words before it (2080 ti, NVIDIA H200).
-
-    Raises:
-        UserError: a card that is not in the table, or a name that fits several.
-    """
-    words = name.lower()
-    exact = [card for card in CARDS if card.name.lower() in words]
-    found = exact or [card for card in CARDS if words and words in card.name.lower()]
-    if len(found) != 1:
-        raise UserError(f"--gpu {name!r}: not in the table — use one of {', '.join(card.name for card in CARDS)}")
-    return found[0]
 
 
 @dataclass(frozen=True)
@@ -147,7 +90,7 @@ def masked_tokens(config: TrainConfig, tokens: int) -> int:
 
 
 def microbatch_parts(config: TrainConfig, tokens: int) -> list[Part]:
-    """What one microbatch of `tokens` takes, forward and backward, in the order of model.py.
+    """What one microbatch of `tokens` takes, forward and backward, in the order of model/encoder.py.
 
     The sequences are a mixture of paragraphs (kernels.cases.ragged_lengths) up to sequence_len.
     """

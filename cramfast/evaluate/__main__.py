@@ -2,6 +2,7 @@
 
 from cramfast.errors import command
 from cramfast.evaluate import blimp, cola, glue, owntask, perplexity
+from cramfast.runtime.arguments import program
 
 COMMANDS = {
     "perplexity": perplexity.Arguments,
@@ -18,7 +19,7 @@ def main() -> None:
     import tyro
     from rich.console import Console
 
-    arguments = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m cramfast.evaluate")
+    arguments = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=program("evaluate"))
     arguments.machine.start()
     console = Console()
     arguments.run(console if console.is_terminal else Console(width=WIDTH))

@@ -24,7 +24,8 @@ from cramfast.evaluate.stock import load_masked
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.runtime.jsonfile import read_json
 from cramfast.session.record import SCORES_REMEDY
-from cramfast.text.corpus import file_format, read_lines
+from cramfast.text.files import file_format
+from cramfast.text.lines import read_lines
 
 PARADIGMS = 67  # of the whole set
 PAIRS = 1000  # of each
@@ -67,7 +68,7 @@ def read_blimp(path: Path, limit: int = 0) -> list[Paradigm]:
     """
     if not path.exists():
         raise UserError(f"{path}: no such file — give BLiMP as one .jsonl or a folder of them, plain or compressed")
-    files = sorted(p for p in path.iterdir() if file_format(p) == ".jsonl") if path.is_dir() else [path]
+    files = sorted(p for p in path.iterdir() if file_format(p) == "jsonl") if path.is_dir() else [path]
     found: dict[str, Paradigm] = {}
     for file in files:
         for number, line in read_lines(file):

@@ -150,7 +150,8 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def quiet(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, told to cut and pad nothing."""
+    """The tokenizer, told to cut and pad nothing, and that [MASK] written in a text is text, as in training."""
+    tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -1,6 +1,8 @@
 """Labelled texts from GLUE's tab-separated files, own files or the `datasets` package; nothing odd gets through."""
 
 import math
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,8 @@ from typing import TypeVar
 
 from cramfast.errors import UserError
 from cramfast.evaluate.tasks import Split, Task
-from cramfast.text.corpus import COMPRESSIONS, read_lines
+from cramfast.text.compressed import COMPRESSIONS
+from cramfast.text.lines import LONGEST_PIECE, read_lines
 
 Row = TypeVar("Row")
 HUB = "hf:"  # before the name of a dataset, where a folder could stand
@@ -31,7 +34,8 @@ class Examples:
 class Columns:
     """Which cells of a row are texts and which is the label, and how a label is read; cells by number.
 
-    `read_label` raises ValueError with the reason when a cell is no label.
+    `read_label` gets the label's cell without the blanks around it, and raises ValueError with the reason when that is
+    no label.
     """
 
     count: int
@@ -40,6 +44,26 @@ class Columns:
     read_label: Callable[[str], float]
     may_lack_one: bool = False
     """Whether one text of a pair may be missing."""
+
+
+def same_label(cells: Iterable[str]) -> tuple[str, str] | None:
+    """Two labels that people take for one and a classifier for two: 1 and 1.0, or one word in two Unicode forms."""
+    seen: dict[object, str] = {}
+    for cell in sorted(set(cells)):
+        try:
+            value: object = float(cell)
+        except ValueError:
+            value = unicodedata.normalize("NFKC", cell)
+        if value in seen:
+            return seen[value], cell
+        seen[value] = cell
+    return None
+
+
+def class_counts(classes: tuple[str, ...], examples: Examples) -> dict[str, int]:
+    """How many examples each class has."""
+    counts = Counter(examples.labels)
+    return {name: counts[float(number)] for number, name in enumerate(classes)}
 
 
 def class_reader(classes: tuple[str, ...]) -> Callable[[str], float]:
@@ -90,9 +114,17 @@ def find_file(stem: Path) -> Path:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of a tab-separated file; quotes are ordinary characters."""
-    for number, line in read_lines(path):
-        yield number, line.rstrip("\r\n").split("\t")
+    """(line number, cells) of a tab-separated file; quotes are ordinary characters, and only \\n ends a row.
+
+    Raises:
+        UserError: a row longer than a piece of `read_lines`, whose parts must not pass for rows.
+    """
+    last = 0
+    for number, line in read_lines(path, newline="\n"):
+        if number == last:
+            raise UserError(f"{path}:{number}: a row of more than {LONGEST_PIECE:,} characters — is it tab-separated?")
+        last = number
+        yield number, line.removesuffix("\n").removesuffix("\r").split("\t")
 
 
 def read_tsv(path: Path, rows: Iterator[tuple[int, list[str]]], columns: Columns, skip_malformed: bool) -> Examples:
@@ -144,7 +176,7 @@ def _example(cells: list[str], columns: Columns) -> tuple[tuple[str, ...], float
         raise ValueError(f"{len(cells)} columns where {columns.count} are expected")
     text = tuple(cells[place] for place in columns.texts)
     check_text(text, columns.may_lack_one)
-    return text, columns.read_label(cells[columns.label])
+    return text, columns.read_label(cells[columns.label].strip())
 
 
 def check_text(parts: tuple[str, ...], may_lack_one: bool) -> None:
@@ -155,11 +187,12 @@ def check_text(parts: tuple[str, ...], may_lack_one: bool) -> None:
 
 
 def column_of(path: Path, header: list[str], name: str) -> int:
-    """The number of a column.
+    """The number of a column, whose name may have blanks around it.
 
     Raises:
         UserError: the header does not name it, or names it twice.
     """
+    header = [cell.strip() for cell in header]
     if header.count(name) > 1:
         raise UserError(f"{path}:1: {header.count(name)} columns {name!r} — give each a name of its own")
     if name not in header:

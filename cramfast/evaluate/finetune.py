@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from cramfast.evaluate.examples import Examples
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW, FlatParameters
 
+MAX_LEN = 128  # tokens of an example, as in the paper
 DEV_TOKENS = 8192  # tokens of one forward pass over a development set
 ROUNDING = 32  # of a batch's tokens: oneDNN compiles a matmul for every new length, 5 of 23 ms of an update of CoLA
 
@@ -31,8 +32,9 @@ class Protocol:
     lr: float = 4e-5
     warmup: float = 0.1
     """Share of the updates in which the rate rises from 0; it then falls along half a cosine."""
-    max_len: int = 128
-    """Tokens of an example; of a pair, the longer part is cut first."""
+    max_len: int | None = None
+    """Tokens of an example; of a pair, the longer part is cut first. By default 128, or the model's length where that
+    is less."""
     dropout: float = 0.1
     """Of the normalised embedding, of the output of every attention and feed-forward block before it joins the
     stream, and of the pooled vector before the classifier; attention weights are not dropped."""
@@ -42,8 +44,25 @@ class Protocol:
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}", "use 1 or more")
         require(0 < self.lr < math.inf, f"lr={self.lr}", "use a finite value above 0")
         require(0 <= self.warmup <= 1, f"warmup={self.warmup}", "use 0 to 1")
-        require(self.max_len >= 8, f"max_len={self.max_len}", "use 8 or more")
+        require(self.max_len is None or self.max_len >= 8, f"max_len={self.max_len}", "use 8 or more")
         require(0 <= self.dropout < 1, f"dropout={self.dropout}", "use 0 up to, not including, 1")
+
+    def at(self, longest: int) -> "Protocol":
+        """The protocol with the length that is used on a model that takes `longest` tokens.
+
+        Raises:
+            UserError: a longer one was asked for.
+        """
+        if self.max_len is None:
+            return replace(self, max_len=min(MAX_LEN, longest))
+        require(self.max_len <= longest, f"max_len={self.max_len}", f"use {longest} or less: the model's")
+        return self
+
+    def notes(self) -> list[str]:
+        """What a table says below its scores of a length that is not the paper's."""
+        if self.max_len in (None, MAX_LEN):
+            return []
+        return [f"Examples are cut to {self.max_len} tokens; published scores use {MAX_LEN}."]
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of update `step` of `steps`, the first being 0, as transformers' cosine schedule has it."""
@@ -102,8 +121,7 @@ class Classifier(nn.Module):
 
 
 def encode(model: Checkpoint, examples: Examples, max_len: int) -> Encoded:
-    """[CLS] text [SEP], or [CLS] first [SEP] second [SEP], of at most max_len tokens."""
-    limit = min(max_len, model.encoder.config.max_len)
+    """[CLS] text [SEP], or [CLS] first [SEP] second [SEP], of at most max_len tokens, which the model takes."""
     parts = list(zip(*examples.texts, strict=True))
     columns = [
         [encoding.ids for encoding in model.tokenizer.encode_batch(list(part), add_special_tokens=False)]
@@ -112,7 +130,7 @@ def encode(model: Checkpoint, examples: Examples, max_len: int) -> Encoded:
     rows = []
     for pieces in zip(*columns, strict=True):
         ids = [model.cls]
-        for kept in cut_pieces(pieces, limit - 1 - len(pieces)):
+        for kept in cut_pieces(pieces, max_len - 1 - len(pieces)):
             ids += [*kept, model.sep]
         rows.append(np.array(ids, np.int32))
     return Encoded(rows, np.array(examples.labels))

@@ -22,16 +22,18 @@ FROM_MNLI = ("rte", "mrpc", "sts-b")  # small tasks that the second protocol sta
 ANALYSED = "cola"  # its predictions are kept for cramfast.evaluate cola
 
 
-def glue_table(model: Checkpoint, name: str, stored: dict[str, dict]) -> ScoreTable:
+def glue_table(model: Checkpoint, name: str, stored: dict[str, dict], protocol: Protocol) -> ScoreTable:
     """Scores of every task, their mean where it is one, and what they may be compared with."""
     official = [
         100 * statistics.median(scores)
         for entry in stored.values()
         if not entry["remark"]
         for scores in entry["scores"].values()
+        if None not in scores
     ]
     rows = table_rows(stored)
     notes = ["Development sets; points; score after the last epoch; the mean is that of the medians."]
+    notes += protocol.notes()
     if official:
         whole = len(official) == NUMBERS
         label = f"mean of the {NUMBERS} numbers" if whole else f"partial mean, {len(official)} of the {NUMBERS} numbers"
@@ -60,7 +62,15 @@ def prepare_job(model: Checkpoint, task: Task, data: str, protocol: Protocol, sk
         remark = f"unofficial ({parts} rows)"
     named = {dev_name(task, split): part for split, part in zip(task.dev, dev, strict=True)}
     return make_job(
-        model, protocol, task.name, len(task.classes), task.metric, train, named, remark, task.name == ANALYSED
+        model,
+        protocol,
+        task.name,
+        task.classes,
+        task.metric,
+        train,
+        named,
+        remark,
+        keeps_predictions=task.name == ANALYSED,
     )
 
 
@@ -103,10 +113,13 @@ class Arguments:
         if self.protocol == "mnli-start" and not any(task.name.startswith("mnli") for task in tasks):
             tasks.append(TASKS["mnli"])
         tasks.sort(key=lambda task: not task.name.startswith("mnli"))  # others may start from it
-        model, protocol = load(self.model), Protocol()
+        model = load(self.model)
+        protocol = Protocol().at(model.encoder.config.max_len)
         prepared = [prepare_job(model, task, self.data, protocol, self.skip_malformed) for task in tasks]
         if self.protocol == "mnli-start":
             prepared = [_marked(job, prepared[0]) for job in prepared]
+        for job in prepared:
+            console.print(job.name, *job.class_lines(), sep="\n", markup=False, highlight=False, soft_wrap=True)
         device, dtype = self.machine.resolve()
         settings = {"protocol": self.protocol, "dtype": str(dtype), **asdict(protocol)}
         path = results.path_of(model, f"glue-{self.protocol}", self.out)
@@ -129,7 +142,7 @@ class Arguments:
                 )
                 if job is prepared[0]:
                     tuned = done.encoder
-                shown = glue_table(model, self.protocol, stored)
+                shown = glue_table(model, self.protocol, stored, protocol)
                 result = {"kind": "glue", "model": model.description(), "settings": settings, "tasks": stored}
                 results.write(path, result, shown)
         shown.show(console)

@@ -10,7 +10,16 @@ from cramfast.config import require
 from cramfast.errors import UserError
 from cramfast.evaluate import jobs, results
 from cramfast.evaluate.checkpoints import load
-from cramfast.evaluate.examples import Columns, Examples, class_reader, column_of, number_reader, read_rows, read_tsv
+from cramfast.evaluate.examples import (
+    Columns,
+    Examples,
+    class_reader,
+    column_of,
+    number_reader,
+    read_rows,
+    read_tsv,
+    same_label,
+)
 from cramfast.evaluate.finetune import Protocol
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.scores import REGRESSION
@@ -35,13 +44,16 @@ def find_columns(path: Path, header: list[str], text: tuple[str, ...], label: st
 
 
 def find_classes(path: Path, label: int) -> tuple[str, ...]:
-    """The labels of a training file, sorted; what is no label is found when the rows are read.
+    """The labels of a training file without blanks around them, sorted; no label is found when the rows are read.
 
     Raises:
-        UserError: a single one, or nearly as many as there are rows.
+        UserError: a single one, nearly as many as there are rows, or two that look alike.
     """
-    cells = [row[label] for number, row in read_rows(path) if number > 1 and len(row) > label and row[label].strip()]
+    rows = (row for number, row in read_rows(path) if number > 1 and len(row) > label)
+    cells = [cell for row in rows if (cell := row[label].strip())]
     classes = tuple(sorted(set(cells)))
+    if alike := same_label(classes):
+        raise UserError(f"{path}: labels {alike[0]!r} and {alike[1]!r} look like one class — write one of them only")
     if len(classes) < 2:
         raise UserError(f"{path}: {len(classes)} different labels — a classifier needs two or more")
     if len(classes) > max(2, len(cells) // 2):
@@ -95,8 +107,10 @@ class Arguments:
     task_file: tuple[Path, Path]
     """Training and development file, plain or compressed."""
     metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
-    """pearson and spearman: regression, the label is a number; f1: of the second label in sorted order, or the mean
-    over more than two."""
+    """pearson and spearman: regression, the label is a number; f1: of --positive where there are two classes, else the
+    mean over all."""
+    positive: str | None = None
+    """The label whose F1 is meant, of two; by default the second in sorted order. Table and JSON name it."""
     name: str | None = None
     """What tables and files call the task, whose earlier scores are overwritten; by default as the training file, or as
     its folder where the file is called train."""
@@ -127,18 +141,22 @@ class Arguments:
         train, dev, classes = read_pair(*self.task_file, self.text, self.label, regression, self.skip_malformed)
         model = load(self.model)
         path = results.path_of(model, f"task-{name}", self.out)
-        longest = model.encoder.config.max_len
+        protocol = self.protocol.at(model.encoder.config.max_len)
         require(
-            self.protocol.max_len <= longest, f"max_len={self.protocol.max_len}", f"use {longest} or less: the model's"
-        )
-        job = jobs.make_job(model, self.protocol, name, len(classes), self.metric, train, {name: dev}, "own task")
+            self.positive is None or (self.metric == "f1" and len(classes) == 2 and self.positive in classes),
+            f"positive={self.positive!r}", f"give it with --metric f1 and one of two labels ({', '.join(classes)})",
+        )  # fmt: skip
+        positive = classes.index(self.positive) if self.positive is not None else 1
+        job = jobs.make_job(model, protocol, name, classes, self.metric, train, {name: dev}, "own task", positive)
+        for line in job.class_lines():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         device, dtype = self.machine.resolve()
         stored: dict[str, dict] = {}
         for seed in range(self.seeds):
-            jobs.run(job, model.encoder, self.protocol, seed, device, dtype, console, stored)
-        shown = ScoreTable(f"Own task {name}: {model.name}", jobs.COLUMNS, jobs.table_rows(stored), [])
+            jobs.run(job, model.encoder, protocol, seed, device, dtype, console, stored)
+        shown = ScoreTable(f"Own task {name}: {model.name}", jobs.COLUMNS, jobs.table_rows(stored), protocol.notes())
         shown.show(console)
         settings = {"files": [file.name for file in self.task_file], "classes": classes, "dtype": str(dtype)}
-        result = {"kind": "task", "model": model.description(), "settings": settings | asdict(self.protocol)}
+        result = {"kind": "task", "model": model.description(), "settings": settings | asdict(protocol)}
         results.write(path, result | {"tasks": stored}, shown)
         results.announce(console, path, model, self.out)

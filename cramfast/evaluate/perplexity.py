@@ -19,13 +19,14 @@ from tokenizers import Encoding
 
 from cramfast.batches import pack
 from cramfast.config import require
-from cramfast.errors import UserError
+from cramfast.errors import UserError, note
 from cramfast.evaluate import results
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.masked import Hidden, MaskedModel, log_probabilities
 from cramfast.evaluate.stock import load_masked
 from cramfast.pages.scoretable import ScoreTable
-from cramfast.text.corpus import Documents, read_documents
+from cramfast.text.corpus import Corpus, Documents
+from cramfast.text.files import Format
 
 ENCODED_AT_ONCE = 256  # documents; the tokenizer splits them over the cores
 
@@ -210,6 +211,12 @@ class Arguments:
     """Read whole documents until there are so many characters; 0 reads everything."""
     documents: Documents = "blocks"
     text_key: str = "text"
+    format: Format = "auto"
+    """What all files are, whatever their names; auto goes by these."""
+    encoding: str = "utf-8"
+    """Of text files and rows in them, such as latin-1 or utf-16."""
+    skip_malformed: int = 0
+    """Rows that may be left out where they cannot be read; one more is an error."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
     out: Path | None = None
     """JSON to write; by default evaluations/perplexity.json in every run folder given, and for a Hugging Face folder
@@ -224,7 +231,12 @@ class Arguments:
         if not self.models:
             raise UserError("no model given — name run folders or Hugging Face folders")
         require(self.characters >= 0, f"characters={self.characters}", "use 0 or more")
-        texts = list(shortened(read_documents(self.data, self.documents, self.text_key), self.characters))
+        require(self.skip_malformed >= 0, f"skip_malformed={self.skip_malformed}", "use 0 or more")
+        reading = (self.documents, self.text_key, self.format, self.encoding, self.skip_malformed)
+        corpus = Corpus(self.data, *reading)
+        texts = list(shortened(corpus, self.characters))
+        for line in corpus.notes():
+            note(line)
         models = [load_masked(path) for path in self.models]
         paths = [results.path_of(model, "perplexity", self.out) for model in models]
         measured = {}

@@ -1,6 +1,5 @@
 """Where scores go: a JSON file, the run's report and the exported model card."""
 
-import json
 from pathlib import Path
 
 from cramfast import report
@@ -10,7 +9,7 @@ from cramfast.evaluate.masked import MaskedModel
 from cramfast.hf import modelcard
 from cramfast.pages.scoretable import ScoreTable
 from cramfast.runtime import atomic
-from cramfast.runtime.jsonfile import read_json
+from cramfast.runtime.jsonfile import dumps, read_json
 from cramfast.session.record import EVALUATIONS, SCORES_REMEDY, read_record
 
 
@@ -35,7 +34,7 @@ def write(path: Path, result: dict, table: ScoreTable) -> None:
     Raises:
         UserError: the disk refused.
     """
-    write_text(path, json.dumps(result | {"table": table.to_json()}, indent=1) + "\n")
+    write_text(path, dumps(result | {"table": table.to_json()}, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

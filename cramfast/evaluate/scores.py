@@ -12,12 +12,13 @@ def accuracy(truth: Sequence[float], predicted: Sequence[float]) -> float:
     return float(accuracy_score(truth, predicted))
 
 
-def f1(truth: Sequence[float], predicted: Sequence[float]) -> float:
-    """F1 of class 1; with more than two classes the mean of every class's F1."""
+def f1(truth: Sequence[float], predicted: Sequence[float], positive: int | None = 1) -> float:
+    """F1 of one class of two; or, with None, the mean over the F1 of every class that occurs on either side."""
     from sklearn.metrics import f1_score
 
-    average = "binary" if max(max(truth), max(predicted)) <= 1 else "macro"
-    return float(f1_score(truth, predicted, average=average, zero_division=0))
+    if positive is None:
+        return float(f1_score(truth, predicted, average="macro", zero_division=0))
+    return float(f1_score([t == positive for t in truth], [p == positive for p in predicted], zero_division=0))
 
 
 def matthews(truth: Sequence[float], predicted: Sequence[float]) -> float:

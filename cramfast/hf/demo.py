@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from tokenizers import Encoding, Tokenizer
 
+from cramfast.errors import printable
 from cramfast.model.encoder import Encoder
 
 LONGEST = 128  # tokens shown of one sentence
@@ -94,13 +95,13 @@ def show(console, results: list[tuple[str, list[Guess], str]]) -> None:
     from rich.text import Text
 
     for sentence, guesses, truth in results:
-        before, after = sentence.split("[MASK]", 1)
+        before, after = printable(sentence).split("[MASK]", 1)
         console.print(Text.assemble(before, ("[MASK]", "bold reverse"), after))
         parts = []
         for word, probability in guesses:
             style = "bold green" if word.lower() == truth.lower() else "default"
-            parts.append(f"[{style}]{escape(word)}[/] [dim]{probability:.0%}[/]")
-        console.print("   " + "  ".join(parts) + f"   [dim]truth:[/] {escape(truth)}\n", highlight=False)
+            parts.append(f"[{style}]{escape(printable(word))}[/] [dim]{probability:.0%}[/]")
+        console.print("   " + "  ".join(parts) + f"   [dim]truth:[/] {escape(printable(truth))}\n", highlight=False)
 
 
 def _span(encoding: Encoding, sentence: str, place: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from cramfast import kernels
 from cramfast.config import ModelConfig
 from cramfast.kernels.accumulate import accumulate_rows
 from cramfast.kernels.linear import linear
+from cramfast.kernels.places import Places
 from cramfast.model.dropout import dropout
 
 
@@ -213,16 +214,15 @@ class Encoder(nn.Module):
             place_ND = self.position_table[positions(ids_N, cu_seqlens, max_seqlen)]
             x_ND = x_ND + (self.embeddings.position_scale * place_ND).to(x_ND.dtype)
         stream_ND = self.drop(self.norm(self.embeddings.norm, x_ND)[0])
-        delta_ND = None
+        delta_ND, places = None, Places(cu_seqlens, ids_N.shape[0], max_seqlen)
         for layer in self.layers:
             kept_M = rows_M if layer is self.layers[-1] else None
-            delta_ND, stream_ND = self.block(layer, delta_ND, stream_ND, cu_seqlens, max_seqlen, kept_M)
+            delta_ND, stream_ND = self.block(layer, delta_ND, stream_ND, places, kept_M)
         return delta_ND, stream_ND
 
     def block(
-        self, layer: Layer, delta_ND: Tensor | None, stream_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-        kept_M: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, layer: Layer, delta_ND: Tensor | None, stream_ND: Tensor, places: Places, kept_M: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One layer: its own delta_ND, and the stream with the deltas before that added; none before layer 0.
 
         With `kept_M`, distinct indices, only these rows go on once attention has mixed them all.
@@ -233,21 +233,21 @@ class Encoder(nn.Module):
             y_ND = self.norm(layer.attn_norm, stream_ND)[0]
         else:
             y_ND, stream_ND = self.norm(layer.attn_norm, delta_ND, stream_ND)
-        mixed_ND = self.attend(layer, y_ND, cu_seqlens, max_seqlen)
+        mixed_ND = self.attend(layer, y_ND, places)
         if kept_M is not None:
             mixed_ND, stream_ND = SelectRows.apply(mixed_ND, kept_M), SelectRows.apply(stream_ND, kept_M)
         return self.feedforward(layer, self.drop(self.output(layer, mixed_ND)), stream_ND)
 
-    def attend(self, layer: Layer, y_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def attend(self, layer: Layer, y_ND: Tensor, places: Places) -> Tensor:
         """(N, D) values mixed by the attention of all heads, before the output matrix."""
         config = self.config
         qkv_N3HK = self.qkv(layer, y_ND).view(-1, 3, config.heads, config.width // config.heads)
         rotary = None
         if config.positions == "rotary":
             cos, sin = (self.global_cos, self.global_sin) if layer.is_global else (self.local_cos, self.local_sin)
-            rotary = (cos[:max_seqlen], sin[:max_seqlen])
+            rotary = (cos, sin)
         window = None if layer.is_global else config.window // 2
-        return self.attention(qkv_N3HK, cu_seqlens, max_seqlen, rotary, window).flatten(1)
+        return self.attention(qkv_N3HK, places, rotary, window).flatten(1)
 
     def qkv(self, layer: Layer, y_ND: Tensor) -> Tensor:
         """(N, 3 D) queries, keys and values of all heads."""
@@ -265,9 +265,9 @@ class Encoder(nn.Module):
         )
         return self.drop(linear(h_NF, layer.mlp.Wo.weight)), stream_ND
 
-    def attention(self, qkv_N3HK: Tensor, cu_seqlens: Tensor, max_seqlen: int, rotary, window: int | None) -> Tensor:
+    def attention(self, qkv_N3HK: Tensor, places: Places, rotary, window: int | None) -> Tensor:
         """(N, H, K), as kernels.varlen_attention."""
-        return kernels.varlen_attention(qkv_N3HK, cu_seqlens, max_seqlen, rotary=rotary, window=window)
+        return kernels.varlen_attention(qkv_N3HK, places.cu_seqlens, places.max_seqlen, rotary, window, places)
 
     def drop(self, x_ND: Tensor) -> Tensor:
         """Dropout, of the embedding and of each block's output, in training mode and if there is any."""

@@ -122,14 +122,14 @@ class AdamW:
 
     @Range("optimizer")
     @torch.no_grad()
-    def step(self, lr: float, loss_sum: Tensor, microbatches: float) -> None:
+    def step(self, lr: float, loss_sum: Tensor, microbatches: float | Tensor) -> None:
         """Update with the gathered gradients (of all processes: sharding.py) and clear them; the host reads nothing.
 
         Args:
             lr: learning rate of this step.
             loss_sum: 0-d, summed loss of the microbatches; a non-finite one skips the update as a gradient would.
-            microbatches: how many, on all processes; the gradient is divided by this and by the loss scale before the
-                clip.
+            microbatches: how many, on all processes, a short one as the part that it is of a whole one; the gradient
+                is divided by this and by the loss scale before the clip.
         """
         self.scalars[0] = lr
         # 0 * inf is nan, and a nan scale counts as non-finite

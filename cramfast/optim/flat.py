@@ -17,7 +17,7 @@ class FlatParameters:
     The module's Parameters become views: of `half` for matrices when `dtype` is a half precision (kept, never recast),
     of `master` otherwise. Norm weights and biases always stay float32. Gradients gather in `grad`, float32, over any
     number of backward passes; an embedding table's `row_sums`, where it has them, are its place there, for the rows
-    that were looked up (model.TokenLookup).
+    that were looked up (model.encoder.TokenLookup).
 
     Attributes:
         master, grad: (P,) float32, P the padded size.

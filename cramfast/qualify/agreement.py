@@ -1,9 +1,9 @@
 """One whole microbatch by the floor and by the chosen implementations, from the same weights.
 
-Both are compared with the floor in float32: loss, norm of the gradient and each tensor's gradient may be at most twice as
-far from it as the floor's own are. Of a tensor that is the length of the difference beside its own, which a wrong size
-shows as a wrong direction (cosine) does. Implementations asked for by name run on both sides. AdamW has no
-part in a pass; its judge has seen its own updates.
+Both are compared with the floor in float32: loss, norm of the gradient and each tensor's gradient may be at most twice
+as far from it as the floor's own are. Of a tensor that is the length of the difference beside its own, which a wrong
+size shows as a wrong direction (cosine) does. Implementations asked for by name run on both sides. AdamW has no part in
+a pass; its judge has seen its own updates.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from cramfast.optim.adamw import AdamW, LossScale
 from cramfast.optim.make import make_optimizer
 from cramfast.qualify.regime import ragged
 from cramfast.qualify.verdict import Verdict, settle
-from cramfast.text.tokenizer import FIRST_WORD, MASK
+from cramfast.text.specials import FIRST_WORD, MASK
 
 CLOSE = 1e-3  # of a gradient's length: says nothing, as between two orders of adding up in float32
 FARTHER = 2.0  # than the floor; as for a single operator

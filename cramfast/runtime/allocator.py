@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
 
     By default glibc maps every block above 32 MiB anew and gives it back on free, so the kernel zeroes each page of
     each large activation in each step: the gate's forward and backward pass at 8192 x 3072 in bfloat16 takes 23 ms
-    with that and 8 ms without (2 cores; docs/log.md).
+    with that and 8 ms without (2 cores; docs/log).
     """
     try:
         mallopt = ctypes.CDLL(ctypes.util.find_library("c")).mallopt

@@ -56,6 +56,9 @@ class Team:
             UserError: the machine has fewer than processes.
         """
 
+    def connect(self, device: torch.device) -> None:
+        """Exchange one number there, so that what the exchanges themselves take of the memory is taken."""
+
     def watch(self, interrupt: Interrupt) -> None:
         """Let exchanges know that a signal has asked to stop."""
 
@@ -117,6 +120,10 @@ class Processes(Team):
                 f"torchrun --nproc-per-node {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(self.local_rank)
+
+    def connect(self, device: torch.device) -> None:
+        with self.losses_named():  # NCCL allocates at its first exchange, which must not be after a graph's capture
+            self.wait(dist.all_reduce(torch.zeros(1, device=device), async_op=True), device)
 
     def first(self, work: Callable[[], Result]) -> Result:
         result = error = None

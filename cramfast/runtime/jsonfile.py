@@ -1,9 +1,23 @@
-"""A JSON object in a file, and one line for a file that holds none."""
+"""JSON in files: without NaN, which JSON does not have, and one line for a file that holds no object."""
 
 import json
+import math
 from pathlib import Path
 
 from cramfast.errors import UserError
+
+
+def dumps(value, indent: int | None = None) -> str:
+    """JSON text of nested dicts, lists and tuples; a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path, remedy: str = "restore the file or train again") -> dict:

@@ -1,6 +1,7 @@
 """The command line: python -m cramfast.scaling {run,fit,claims,report} ..."""
 
 from cramfast.errors import command
+from cramfast.runtime.arguments import program
 from cramfast.scaling import claims, fit, report, run
 
 COMMANDS = {"run": run.Arguments, "fit": fit.Arguments, "claims": claims.Arguments, "report": report.Arguments}
@@ -12,7 +13,7 @@ def main() -> None:
     import tyro
     from rich.console import Console
 
-    arguments = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m cramfast.scaling")
+    arguments = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=program("scaling"))
     console = Console()
     arguments.run(console if console.is_terminal else Console(width=WIDTH))
 

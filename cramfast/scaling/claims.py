@@ -5,7 +5,6 @@ Tokens/s come from interleaved rounds in this process; the law turns them into a
 of that budget show the loss itself, seed by seed.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from cramfast.errors import UserError
 from cramfast.pages.numbers import span
 from cramfast.pages.page import write_page
 from cramfast.pages.scoretable import ScoreTable
-from cramfast.runtime.jsonfile import read_json
+from cramfast.runtime.jsonfile import dumps, read_json
 from cramfast.scaling.fit import laws_of, read_fit
 from cramfast.scaling.law import interval
 from cramfast.scaling.plan import Run, parameters
@@ -341,6 +340,6 @@ class Arguments:
         result = {"settings": asdict(options) | about, "claims": entries}
         if options.only:
             result = merged(read_json(self.folder / CLAIMS_FILE), result)
-        write_page(self.folder / CLAIMS_FILE, json.dumps(result, indent=1) + "\n")
+        write_page(self.folder / CLAIMS_FILE, dumps(result, indent=1) + "\n")
         table(result).show(console)
         console.print(f"written: {self.folder / CLAIMS_FILE}", markup=False, highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from cramfast.errors import UserError
 from cramfast.pages.numbers import short
 from cramfast.pages.page import write_page
 from cramfast.pages.scoretable import ScoreTable
+from cramfast.runtime.jsonfile import dumps
 from cramfast.scaling import law as laws
 from cramfast.scaling.law import Points, interval
 from cramfast.scaling.optimum import Cost, budget_name, optimum, six_nd
@@ -245,7 +246,7 @@ class Arguments:
             UserError: no table, or runs that no law can be fitted to.
         """
         found = fit_folder(self.folder, self.options)
-        write_page(self.folder / FIT_FILE, json.dumps(found, indent=1) + "\n")
+        write_page(self.folder / FIT_FILE, dumps(found, indent=1) + "\n")
         for table in tables(found):
             table.show(console)
         console.print(f"written: {self.folder / FIT_FILE}", markup=False, highlight=False, soft_wrap=True)

@@ -91,7 +91,7 @@ def cpu(device: str) -> Plan:
 
     The batch stays at 1,024 tokens without a ramp: the shortest run still makes a thousand updates, and runs of
     different length differ in nothing but the number of updates. With 4,096, half a million tokens end at the unigram
-    entropy and a million just below it, whatever the size, and no law of size fits that (docs/log.md, 2026-11-27).
+    entropy and a million just below it, whatever the size, and no law of size fits that (docs/log, 2026-11-27).
     Vocabulary and sequences are those of mini.
     """
     tokens = (1e6, 2e6, 4e6, 8e6)

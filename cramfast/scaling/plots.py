@@ -9,6 +9,7 @@ from cramfast.pages.charts import tick
 from cramfast.scaling.fit import COUNTS, laws_of
 from cramfast.scaling.optimum import Cost, budget_name
 from cramfast.scaling.shift import shifts, stable_part
+from cramfast.session.record import number
 
 RED, BLUE, GREY = "#c4500c", "#1f6feb", "#636c76"
 DISTINCT = (BLUE, "#1a7f37", RED, "#8250df", GREY)
@@ -57,10 +58,10 @@ def loss_curves(rows: list[dict]) -> Figure:
     panels = figure.subplots(1, 3, sharey=True)
     for axes, (key, label) in zip(panels, AXES, strict=True):
         for row in rows:
-            x, y = np.array(row["heldout"][key]), np.array(row["heldout"]["loss"])
+            x, y = (np.array(row["heldout"][column], float) for column in (key, "loss"))
             kept = x > 0  # the evaluation before the first step has no place on a logarithmic axis
             axes.plot(x[kept], y[kept], "-", color=colour[row["shape"]], linewidth=0.8, alpha=0.45)
-            axes.plot(row[key], row["loss"], "o", color=colour[row["shape"]], markersize=4.5, markeredgewidth=0)
+            axes.plot(row[key], number(row["loss"]), "o", color=colour[row["shape"]], markersize=4.5, markeredgewidth=0)
         prepare(axes, label, "held-out loss, nats per masked token" if axes is panels[0] else "")
     size = {row["shape"]: row["parameters"] for row in rows}
     for shape, tint in colour.items():
@@ -80,11 +81,11 @@ def collapse(rows: list[dict]) -> Figure | None:
     factors = {s.shape: s.factor for s in found} | {s.reference: 1.0 for s in found}
     budget = {shape: max(r["budget_tokens"] for r in rows if r["shape"] == shape) for shape in factors}
     common = min(budget.values())
-    for number, (shape, factor) in enumerate(factors.items()):
+    for place, (shape, factor) in enumerate(factors.items()):
         label = f"{shape.replace('x', ' × ')}: {factor:.3f}"
         for row in (r for r in rows if r["shape"] == shape and r["budget_tokens"] == common):
             x, y = stable_part(row)
-            tint = DISTINCT[number % len(DISTINCT)]
+            tint = DISTINCT[place % len(DISTINCT)]
             look = {"color": tint, "linewidth": 1.0, "alpha": 0.7, "marker": ".", "markersize": 4}
             left.plot(np.exp(x), y, **look)
             right.plot(np.exp(x) / factor, y, **look, label=label)
@@ -135,9 +136,9 @@ def sizes_for_budget(found: dict) -> Figure:
     N = np.geomspace(cost.N[0], 4 * cost.N[-1], 200)
     figure = Figure(figsize=(9.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for number, row in enumerate(found["advice"]["hours"]):
+    for place, row in enumerate(found["advice"]["hours"]):
         loss, inside = law.loss(N, 3600 * row["budget"] / cost.at(N)), cost.N[-1] >= N
-        tint = DISTINCT[number % len(DISTINCT)]
+        tint = DISTINCT[place % len(DISTINCT)]
         axes.plot(N[inside], loss[inside], color=tint, label=budget_name(row["budget"]))
         axes.plot(N[~inside], loss[~inside], "--", color=tint, linewidth=1)
         axes.plot(row["N"], row["loss"], "o", color=tint)

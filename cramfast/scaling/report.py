@@ -18,6 +18,7 @@ from cramfast.runtime.jsonfile import read_json
 from cramfast.scaling import claims, fit, plots
 from cramfast.scaling.optimum import budget_name
 from cramfast.scaling.table import TABLE, read_table
+from cramfast.session.record import number
 
 PAGE = "report.html"
 CAPTIONS = {
@@ -138,7 +139,7 @@ def all_runs(rows: list[dict]) -> str:
     counts = ("parameters", "body_parameters", "tokens")
     cells = [
         [row["name"], *(f"{row[key]:,}" for key in counts), short(row["flops"]), f"{row['seconds']:.1f}",
-         f"{row['tokens_per_s']:,.0f}", f"{row['loss']:.4f}", row["config_hash"]]
+         f"{row['tokens_per_s']:,.0f}", f"{number(row['loss']):.4f}", row["config_hash"]]
         for row in sorted(rows, key=lambda row: (row["parameters"], row["tokens"], row["seed"]))
     ]  # fmt: skip
     return html_table(cells, columns)

@@ -191,6 +191,7 @@ class Arguments:
             prepared = prepare(
                 self.data, None, tokenizer=base.tokenizer, vocab_size=base.model.vocab_size,
                 heldout_fraction=base.heldout_fraction, documents=base.documents, text_key=base.text_key,
+                format=base.format, encoding=base.encoding, skip_malformed=base.skip_malformed,
                 curation=base.curation, progress=stages,
             )  # fmt: skip
             runs = plans.expand(plan, prepared, device, self.threads, self.dtype)

@@ -77,25 +77,26 @@ class DensePrediction(Encoder):
 class MaterialisedScores(Encoder):
     """Attention in a padded rectangle, with scores and probabilities of every pair of tokens in memory."""
 
-    def attention(self, qkv_N3HK, cu_seqlens, max_seqlen, rotary, window):
+    def attention(self, qkv_N3HK, places, rotary, window):
         def attend(q_SHLK, k_SHLK, v_SHLK, mask):
             scores_SHLL = q_SHLK @ k_SHLK.transpose(-1, -2) * q_SHLK.shape[-1] ** -0.5
             scores_SHLL = scores_SHLL.masked_fill(~mask, float("-inf"))
             return torch.softmax(scores_SHLL, -1, dtype=torch.float32).to(v_SHLK.dtype) @ v_SHLK
 
-        return padded_attention(attend, qkv_N3HK, cu_seqlens, max_seqlen, rotary, window)
+        return padded_attention(attend, qkv_N3HK, places, rotary, window)
 
 
 class TorchAttention(Encoder):
     """Attention in a padded rectangle, by torch.nn.functional.scaled_dot_product_attention."""
 
-    def attention(self, qkv_N3HK, cu_seqlens, max_seqlen, rotary, window):
+    def attention(self, qkv_N3HK, places, rotary, window):
         attend = F.scaled_dot_product_attention
-        return padded_attention(attend, qkv_N3HK, cu_seqlens, max_seqlen, rotary, window)
+        return padded_attention(attend, qkv_N3HK, places, rotary, window)
 
 
-def padded_attention(attend: Callable, qkv_N3HK, cu_seqlens, max_seqlen, rotary, window) -> Tensor:
+def padded_attention(attend: Callable, qkv_N3HK, places, rotary, window) -> Tensor:
     """(N, H, K) as kernels.varlen_attention, by attend(q, k, v, mask) on (S, H, L, K); empty sequences are left out."""
+    cu_seqlens, max_seqlen = places.cu_seqlens, places.max_seqlen
     lengths_S = cu_seqlens.diff().long()
     starts_S, lengths_S = cu_seqlens[:-1].long()[lengths_S > 0], lengths_S[lengths_S > 0]
     place_L = torch.arange(max_seqlen, device=qkv_N3HK.device)
@@ -103,7 +104,7 @@ def padded_attention(attend: Callable, qkv_N3HK, cu_seqlens, max_seqlen, rotary,
     row_SL = torch.where(real_SL, starts_S[:, None] + place_L, 0)
     q_SLHK, k_SLHK, v_SLHK = qkv_N3HK[row_SL].unbind(2)
     if rotary is not None:
-        cos, sin = (table.repeat(len(row_SL), 1) for table in rotary)
+        cos, sin = (table[:max_seqlen].repeat(len(row_SL), 1) for table in rotary)
         q_SLHK, k_SLHK = (reference.rotate(t.flatten(0, 1), cos, sin).view(t.shape) for t in (q_SLHK, k_SLHK))
     mask = real_SL[:, None, None]
     if window is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from cramfast.config import read_config
 from cramfast.errors import UserError
+from cramfast.runtime.jsonfile import dumps
 from cramfast.scaling.plan import parameters
 from cramfast.session.record import Record, read_record
 
@@ -96,4 +97,4 @@ def append(folder: Path, row: dict[str, Any], name: str = TABLE) -> None:
     if text and not text.endswith("\n"):
         path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(dumps(row) + "\n")

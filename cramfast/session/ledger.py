@@ -59,7 +59,7 @@ class Step:
 class Figures(NamedTuple):
     """What only the device knows of a step, and its share of the time between two log points."""
 
-    loss_sum: float
+    loss: float
     grad_norm: float
     skipped: bool
     seconds: float
@@ -77,23 +77,23 @@ class Ledger:
         self.clock = clock
         self.steps: list[Step] = []
         self.seconds = 0.0  # from the first of them to the host's end of the last
-        self.on_device = torch.zeros(CAPACITY, 3, device=clock.device)  # a row a step: loss sum, norm, skipped
+        self.on_device = torch.zeros(CAPACITY, 3, device=clock.device)  # a row a step: loss, norm, skipped
 
     def begin(self) -> None:
         """A step starts; the first one after a log point starts the clock."""
         if not self.steps:
             self.clock.start()
 
-    def add(self, step: Step, loss_sum: Tensor, verdict: Tensor) -> None:
+    def add(self, step: Step, loss: Tensor, verdict: Tensor) -> None:
         """Keep a step whose figures are still being computed.
 
         Args:
             step: what is known of it.
-            loss_sum: 0-d.
+            loss: 0-d, the mean over its targets.
             verdict: (2,), the gradient's norm and whether the update was skipped: AdamW.verdict.
         """
         row = self.on_device[len(self.steps)]
-        row[0] = loss_sum
+        row[0] = loss
         row[1:] = verdict
         self.steps.append(step)
         self.seconds = self.clock.elapsed()
@@ -123,6 +123,6 @@ class Ledger:
         seconds = self.clock.elapsed()
         flops = sum(step.flops for step in steps)
         return [
-            (step, Figures(loss_sum, grad_norm, skipped != 0, seconds * (step.flops / flops)))
-            for step, (loss_sum, grad_norm, skipped) in zip(steps, figures, strict=True)
+            (step, Figures(loss, grad_norm, skipped != 0, seconds * (step.flops / flops)))
+            for step, (loss, grad_norm, skipped) in zip(steps, figures, strict=True)
         ]

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity
 
 from cramfast.config import TrainConfig, profiled_steps
 from cramfast.errors import UserError
+from cramfast.kernels.places import Places
 from cramfast.model.encoder import Encoder
 from cramfast.runtime import ranges
 from cramfast.runtime.ranges import Range
@@ -111,12 +112,12 @@ def mark_layers(model: Encoder) -> None:
     """Put a range around every layer of the model, forward and backward."""
     plain, names = model.block, {id(layer): f"layer {index}" for index, layer in enumerate(model.layers)}
 
-    def block(layer, delta_ND: Tensor | None, stream_ND: Tensor, cu_seqlens: Tensor, max_seqlen: int, kept_M=None):
+    def block(layer, delta_ND: Tensor | None, stream_ND: Tensor, places: Places, kept_M: Tensor | None = None):
         name = names[id(layer)]
         backward = Range(f"{name} backward")
         delta_ND, stream_ND = _Enter.apply(backward, delta_ND, stream_ND)
         with Range(name):
-            delta_ND, stream_ND = plain(layer, delta_ND, stream_ND, cu_seqlens, max_seqlen, kept_M)
+            delta_ND, stream_ND = plain(layer, delta_ND, stream_ND, places, kept_M)
         return _Leave.apply(backward, delta_ND, stream_ND)
 
     model.block = block

@@ -10,6 +10,7 @@ from cramfast.pages.scoretable import ScoreTable
 from cramfast.runtime.jsonfile import read_json
 
 SCORES_REMEDY = "remove the file and evaluate again"
+HIGHEST_MFU = 0.9  # matmuls take 70 to 80 % of a step's time
 EVALUATIONS = "evaluations"  # folder in a run's, one JSON file for each kind of evaluation
 
 
@@ -59,6 +60,11 @@ class Record:
     def skipped(self) -> int:
         """Updates left out because the loss or the gradient was not finite."""
         return sum(bool(row.get("skipped")) for row in self.steps)
+
+    @property
+    def mfu_mark(self) -> str:
+        """What is said behind an MFU whose peak other work disturbed, or that is too high to be true; else ""."""
+        return " (machine busy)" if self.run.get("matmul_peak_busy") or self.middle("mfu") > HIGHEST_MFU else ""
 
     def middle(self, key: str) -> float:
         """The median of a key over the steps; NaN when there is none."""

@@ -136,7 +136,8 @@ def describe(config: TrainConfig, model: Encoder, world: int = 1) -> dict[str, A
         | {"python": sys.version.split()[0]},
         "kernels": [asdict(choice) for choice in kernelchoice.choices(config)],
         "processes": world,
-        "matmul_peak_flops": peak * world,
+        "matmul_peak_flops": peak.flops * world,
+        "matmul_peak_busy": peak.busy,
     }
 
 

@@ -22,7 +22,7 @@ def tiles(record: Record) -> list[tuple[str, str]]:
         ("BLiMP probe, mean over paradigms", f"{100 * probe:.1f} %", probe),
         ("tokens trained on", short(record.last("tokens")), record.last("tokens")),
         ("tokens/s, median", short(record.middle("tokens_per_s")), record.middle("tokens_per_s")),
-        ("MFU, median", f"{100 * record.middle('mfu'):.1f} %", record.middle("mfu")),
+        ("MFU, median", f"{100 * record.middle('mfu'):.1f} %{record.mfu_mark}", record.middle("mfu")),
         ("training time", span(record.last("seconds")), record.last("seconds")),
         ("training FLOPs", short(record.last("flops")), record.last("flops")),
         ("parameters", short(record.parameters), record.parameters),

@@ -1,7 +1,15 @@
 """From files of any kind to token ids on disk.
 
-In the order of the work: `survey` and `corpus` read documents, `docstrings` finds a text where none was given,
-`curation` (with `minhash`) drops what was asked to be dropped, `splits` takes the held-out part, `tokenizer` (with
-`wordpieces`, `wordcache`) learns pieces and writes ids, `prepared` is the folder that holds them, `report` shows it. No
-file here knows a model. Read `corpus.py` first.
+In the order of the work:
+
+- `corpus` makes documents of `files`: through `compressed` archives, text in `lines`, rows of `records` and `tables`,
+  sequences by `fasta`, `wikiextractor`'s articles, datasets of the `hub`; a `tally` counts what was left out.
+  `docstrings` finds a text where none was given.
+- `survey` looks at the text once; `curation` (with `minhash`) drops what was asked to be dropped.
+- `census` counts characters, `tokenizerchoice` takes a `tokenizer` for them (with `specials`, `spelling`, `bytebpe`,
+  `kmers`) or a `giventokenizer`; `learning` picks what it learns from, `lost` counts what it loses.
+- `splits` (by `units`) takes the held-out part and writes ids (with `wordpieces`, `wordcache`), `said` is what a user
+  should know of it, `prepared` is the folder that holds all, `report` shows it.
+
+No file here knows a model. Read `corpus.py` first.
 """

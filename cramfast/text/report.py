@@ -1,5 +1,6 @@
 """One self-contained HTML page about a prepared text: what it holds, what was left out and why."""
 
+import unicodedata
 from html import escape
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from cramfast.pages.page import document, figure, table, tile, write_page
 from cramfast.runtime.jsonfile import read_json
 from cramfast.text.curation import SIMILARITY_BINS, dropped_steps
 from cramfast.text.prepared import PreparedText
-from cramfast.text.tokenizer import FIRST_WORD, UNK
+from cramfast.text.specials import FIRST_WORD, UNK
 
 STYLE = """
 td.text { overflow-wrap: anywhere; font-size: .84rem; } td.n.short { width: 9rem; }
@@ -48,6 +49,7 @@ def render(folder: Path) -> str:
               ["split", *manifest["splits"]["train"]]),
         "<h2>Left out</h2>",
         *_left_out(manifest, findings),
+        *_lost(manifest),
         "<h2>Lengths and words</h2>",
         '<div class="charts">',
         _lengths_figure(lengths),
@@ -99,6 +101,23 @@ def _left_out(manifest: dict, findings: dict) -> list[str]:
     if findings["most_copied"]:
         parts += ["<h3>Documents with most duplicates: the first stays</h3>", _copied(findings["most_copied"])]
     return parts
+
+
+def _lost(manifest: dict) -> list[str]:
+    """Characters that no token stands for, the commonest first."""
+    if not manifest.get("lost_characters"):
+        return []
+    rows = []
+    for code, share in manifest["lost_characters"].items():
+        character = chr(int(code.removeprefix("U+"), 16))
+        shown = character if character.isprintable() else ""
+        rows.append((shown, code, unicodedata.name(character, "without a name").lower(), f"{100 * share:.3g}"))
+    return [
+        "<h2>Characters without a token</h2>",
+        f"<p class=soft>{100 * manifest['lost_share']:.3g} % of all characters but spaces are dropped, or hidden "
+        f"in [UNK]; these {len(rows)} are the commonest. Byte-level BPE (--tokenizer bpe) has a token for each.</p>",
+        table(rows, ["", "code point", "name", "% of all characters"]),
+    ]
 
 
 def _examples(examples: list[dict]) -> str:

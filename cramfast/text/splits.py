@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numba
@@ -21,7 +22,11 @@ OFFSETS_HEADER_BYTES = 128
 
 
 class SplitWriter:
-    """Ids and offsets of one split, appended as they come; counts on the way."""
+    """Ids and offsets of one split, appended as they come; counts on the way.
+
+    Attributes:
+        empty: documents that have no token, and are none of those counted.
+    """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, vocab_size: int):
         self.name, self.dtype = name, dtype
@@ -29,10 +34,14 @@ class SplitWriter:
         self.file, self.offsets_file = (folder / f"{name}.ids").open("wb"), self.offsets_path.open("wb")
         self.offsets_file.write(bytes(OFFSETS_HEADER_BYTES))  # the number of documents is known at the end
         self.offsets_file.write(np.zeros(1, np.int64))
-        self.documents = self.tokens = self.characters = self.words = 0
+        self.documents = self.tokens = self.characters = self.words = self.empty = 0
         self.histogram = np.zeros(vocab_size, np.int64)
 
     def append(self, ids: np.ndarray, lengths: np.ndarray, texts: list[str]) -> None:
+        if not lengths.all():
+            self.empty += int((lengths == 0).sum())
+            texts = [text for text, length in zip(texts, lengths, strict=True) if length]
+            lengths = lengths[lengths > 0]
         self.file.write(ids.astype(self.dtype))
         self.offsets_file.write(self.tokens + np.cumsum(lengths))
         self.documents += len(lengths)
@@ -56,11 +65,11 @@ class SplitWriter:
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents that the first pass kept, those of the training split first.
+    """Documents that the first pass kept, or parts of them, those of the training split first.
 
     Attributes:
         train: how many belong to the training split.
-        numbers: of each among all documents.
+        numbers: of each one's document among all.
         found: words of the texts.
     """
 
@@ -91,14 +100,14 @@ class SplitEncoder:
         first, self.done = self.done, self.done + len(texts)
         for number in (n for n in self.wanted if first <= n < self.done):
             self.originals[number] = texts[number - first]
-        sides: tuple[list[int], list[int]] = [], []
+        sides: tuple[list[tuple[int, str]], list[tuple[int, str]]] = [], []
         for i, verdict in enumerate(self.curator.verdicts[first : self.done]):
             if verdict == KEPT:
-                sides[self.survey.is_heldout(self.kept, texts[i])].append(i)
+                for heldout, part in self.survey.parts(self.kept, texts[i]):
+                    sides[heldout].append((first + i, part))
                 self.kept += 1
-        order = [*sides[0], *sides[1]]
-        texts = [texts[i] for i in order]
-        return Batch(len(sides[0]), [first + i for i in order], texts, self.words.find(texts))
+        numbers, parts = [number for number, _ in chain(*sides)], [part for _, part in chain(*sides)]
+        return Batch(len(sides[0]), numbers, parts, self.words.find(parts))
 
     def store(self, batch: Batch) -> None:
         """Write the ids of a batch; batches come in the order of find()."""

@@ -1,66 +1,66 @@
 """Tokenizers trained on the run's own text, the same for the same text on every machine and in every process."""
 
-import functools
+import json
 import re
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from cramfast.errors import UserError
+from cramfast.text import bytebpe
+from cramfast.text.bytebpe import LONGEST_WORD
+from cramfast.text.kmers import Kmers, is_kmer_name
+from cramfast.text.learning import LEAST_PROSE, Learned, longest_word, to_learn_from
+from cramfast.text.specials import CLS, FIRST_WORD, SEP, SPECIAL_TOKENS
+from cramfast.text.spelling import KEPT, ascii_of, normalizer
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PAD, UNK, CLS, SEP, MASK = range(5)
-FIRST_WORD = len(SPECIAL_TOKENS)
+KINDS = ("auto", "wordpiece", "bpe")  # and kmer with its numbers; anything else is the name of a file
 SPACES = dict.fromkeys([*range(32), 127], " ")
-FOREIGN = re.compile("[^\\x00-\\x7F]")
 VOCAB_MULTIPLE = 64  # rows of the decoder matrix, so that its matmul tiles are full
-# A longer word is no word of a language but a genome, a protein, a key: it is cut into pieces of six, the k-mers of the
-# Nucleotide Transformer (Dalla-Torre et al., 2023), so few in DNA that each is a token. docs/decisions/0013.
-LONGEST_WORD = 100  # characters; at most 4 bytes each and the space before them in byte-level BPE
-LONGEST_BYTES = 4 * LONGEST_WORD + 1
-PIECE = 6
-LONG = re.compile(f"(?<![a-z0-9])[a-z0-9]{{{LONGEST_WORD + 1},}}")  # a word of normalised text that is cut
-LONG_OF_WORDPIECE = re.compile(f"[A-Za-z0-9]{{{LONGEST_WORD + 1},}}")  # words that the pre-tokenizers cut, in ASCII
-LONG_OF_BPE = re.compile(f"[A-Za-z]{{{LONGEST_BYTES + 1},}}|[0-9]{{{LONGEST_BYTES + 1},}}")
-LEARNED_FROM = 2_000_000  # characters of such words; the same pieces come again and again
+# A longer word is no word of a language but a genome, a protein, a key: it is cut. Its pieces are learned like any
+# others, so that a run of 70 letters and one of 7,000 are made of the same. docs/decisions/0017.
+LONG = re.compile(f"[a-z0-9]{{{LONGEST_WORD + 1},}}")
+INNER = tuple("##" + letter for letter in string.digits + string.ascii_lowercase)  # each letter inside a word
+SIGN = re.compile(f"[{KEPT}]")
 
 
-def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Tokenizer:
+def is_trained(kind: str) -> bool:
+    """Whether a tokenizer of this name is made of the text; otherwise it is a file."""
+    return kind in KINDS or is_kmer_name(kind)
+
+
+def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, learned: Learned | None = None) -> Tokenizer:
     """Train a tokenizer and pad its vocabulary to a multiple of 64 with [unusedN].
 
     Args:
-        texts: the sample to learn from.
-        kind: "wordpiece" (lower-cased ASCII, as in the paper) or "bpe" (byte-level: case and all of Unicode kept).
-        vocab_size: most entries in all, a multiple of 64.
+        texts: the sample to learn from; read again where it is nearly all base64.
+        kind: "wordpiece" (lower-cased ASCII, as in the paper), "bpe" (byte-level: case and all of Unicode kept), or
+            "kmer" with its numbers (see cramfast.text.kmers).
+        vocab_size: most entries in all, a multiple of 64; k-mers are as many as they are.
+        learned: receives what was read and left out.
 
     Raises:
         UserError: another kind, or a vocabulary too small for the alphabet.
     """
+    if is_kmer_name(kind):
+        return _finish(Kmers.named(kind, texts).tokenizer())
     check_vocab_size(vocab_size)
-    if kind == "wordpiece":
-        tokenizer = _train_wordpiece(_without_excess(texts, LONG_OF_WORDPIECE), vocab_size)
-    elif kind == "bpe":
-        tokenizer = _train_bpe(_without_excess(texts, LONG_OF_BPE), vocab_size)
-    else:
-        raise UserError(f"tokenizer={kind!r} is neither wordpiece, bpe, nor a file — check the path")
+    if kind not in ("wordpiece", "bpe"):
+        raise UserError(f"tokenizer={kind!r} is neither auto, wordpiece, bpe, kmer, nor a file — check the path")
+    learned, texts = Learned() if learned is None else learned, list(texts)
+
+    def train(learn_from: Callable[[], Iterable[str]]) -> Tokenizer:
+        if kind == "bpe":
+            return bytebpe.train(texts, learn_from, vocab_size)
+        return _train_wordpiece(learn_from(), vocab_size)
+
+    tokenizer = train(lambda: to_learn_from(texts, learned))
+    if learned.dumps > (1 - LEAST_PROSE) * learned.read:
+        learned.forget()
+        tokenizer = train(lambda: texts)
     return _finish(tokenizer)
-
-
-def _without_excess(texts: Iterable[str], words: re.Pattern) -> Iterator[str]:
-    """The texts, but of these words, which will be cut into pieces, only the first LEARNED_FROM characters."""
-    left = LEARNED_FROM
-
-    def spend(match: re.Match) -> str:
-        nonlocal left
-        word = match[0][:left]
-        left -= len(word)
-        return word
-
-    for text in texts:
-        yield words.sub(spend, text)
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -69,60 +69,37 @@ def check_vocab_size(vocab_size: int) -> None:
         raise UserError(f"vocab_size={vocab_size} is not possible — use a multiple of {VOCAB_MULTIPLE} from 512 on")
 
 
-def lost_share(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
-    """Share of the texts' characters, spaces apart, that no token but [UNK] stands for: dropped by the normaliser, or
-    part of what the vocabulary cannot spell. 0 where there is nothing but spaces."""
-    lost = total = 0
-    for text in texts:
-        covered = np.zeros(len(text), bool)
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token != UNK:
-                covered[begin:end] = True
-        visible = np.array([not character.isspace() for character in text], bool)
-        lost += int((visible & ~covered).sum())
-        total += int(visible.sum())
-    return lost / total if total else 0.0
-
-
 def wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
-    """Lower-cased ASCII WordPiece over a vocabulary: accents stripped, every other character dropped."""
+    """Lower-cased ASCII WordPiece over a vocabulary; every other character as cramfast.text.spelling spells it."""
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
-    tokenizer.normalizer = _wordpiece_normalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), _pieces(LONGEST_WORD)])
+    tokenizer.normalizer = normalizer()
+    words = Regex(f"[a-z0-9]{{1,{LONGEST_WORD}}}|[^a-z0-9 ]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "removed", invert=True)
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
 
 
-@functools.cache
-def _wordpiece_normalizer() -> normalizers.Normalizer:
-    # Typographic quotes and dashes become their ASCII relatives instead of vanishing with the rest of Unicode.
-    return normalizers.Sequence(
-        [
-            normalizers.Replace(Regex("[‘’‛′]"), "'"),
-            normalizers.Replace(Regex("[“”„″]"), '"'),
-            normalizers.Replace(Regex("[‐-―−]"), "-"),
-            normalizers.NFKD(),
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex("[\\s\\x00-\\x1F\\x7F]"), " "),
-            normalizers.Replace(Regex("[^\\x20-\\x7E]+"), ""),
-        ]
+def _alphabet() -> list[str]:
+    return sorted((set(map(chr, range(33, 127))) - set(string.ascii_uppercase)) | set(KEPT))
+
+
+def is_own_wordpiece(parts: dict) -> bool:
+    """Whether a tokenizer.json is one of wordpiece() that has a token for every character it can meet."""
+    own, vocabulary = json.loads(wordpiece({}).to_str()), parts["model"]["vocab"]
+    return (
+        parts["model"]["type"] == "WordPiece"
+        and all(parts[part] == own[part] for part in ("normalizer", "pre_tokenizer"))
+        and all(entry in vocabulary for entry in (*_alphabet(), *INNER))
     )
-
-
-def _pieces(longest: int) -> pre_tokenizers.Split:
-    """Leaves a word of up to `longest` letters whole and cuts any other into pieces."""
-    return pre_tokenizers.Split(Regex(rf"\A.{{1,{longest}}}\z|.{{1,{PIECE}}}"), "isolated")
 
 
 def _train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     # The trainer numbers ##-pieces in the order of a randomly seeded hash map, and breaks ties between merges by those
     # numbers. Handing it every ##-letter as a leading "special" token fixes them; signs never continue a word.
-    alphabet = sorted(set(map(chr, range(33, 127))) - set(string.ascii_uppercase))
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=[*SPECIAL_TOKENS, *("##" + letter for letter in alphabet if letter.isalnum())],
-        initial_alphabet=alphabet,
+        special_tokens=[*SPECIAL_TOKENS, *INNER],
+        initial_alphabet=_alphabet(),
         show_progress=False,
     )
     learner = wordpiece({})
@@ -132,57 +109,31 @@ def _train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _words_to_learn(text: str) -> str:
-    """The text as wordpiece() normalises it, and with spaces where that cuts long words, several times as fast."""
-    return LONG.sub(
-        lambda word: " ".join(re.findall(f".{{1,{PIECE}}}", word[0])), ascii_of(text).lower().translate(SPACES)
-    )
-
-
-def ascii_of(text: str) -> str:
-    """The text with every other character spelled as the normalizer of wordpiece() does, ten times as fast.
-
-    What that makes of a character does not depend on its neighbours. On the result, only lower case and spaces for
-    control characters are left to do.
-    """
-    return FOREIGN.sub(lambda character: _ascii_of_one(character[0]), text)
-
-
-@functools.cache
-def _ascii_of_one(character: str) -> str:
-    return _wordpiece_normalizer().normalize_str(character)
-
-
-def byte_level() -> Tokenizer:
-    """Byte-level BPE without merges yet: case and all of Unicode kept."""
-    tokenizer = Tokenizer(models.BPE())
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, _pieces(LONGEST_BYTES)])
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    tokenizer = byte_level()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    """The text as wordpiece() normalises it, and with spaces where that cuts, several times as fast."""
+    text = ascii_of(text).lower().translate(SPACES)
+    if not text.isascii():
+        text = SIGN.sub(lambda sign: f" {sign[0]} ", text)
+    if longest_word(text) > LONGEST_WORD:
+        text = LONG.sub(lambda word: " ".join(re.findall(f".{{1,{LONGEST_WORD}}}", word[0])), text)
+    return text
 
 
 def _finish(tokenizer: Tokenizer) -> Tokenizer:
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    # A mask takes the space before it, as the word did whose place it has.
+    tokenizer.add_special_tokens([AddedToken(name, special=True, lstrip=name == "[MASK]") for name in SPECIAL_TOKENS])
     missing = -tokenizer.get_vocab_size() % VOCAB_MULTIPLE
     tokenizer.add_special_tokens([f"[unused{i}]" for i in range(missing)])
-    tokenizer.post_processor = processors.TemplateProcessing(
+    tokenizer.post_processor = framing()
+    return tokenizer
+
+
+def framing() -> processors.PostProcessor:
+    """[CLS] A [SEP], and [CLS] A [SEP] B [SEP] of a pair."""
+    return processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)],
     )
-    return tokenizer
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -192,7 +143,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         UserError: no such file, not a tokenizer, other special tokens, or ids and entries that no embedding fits.
     """
     if not path.is_file():
-        raise UserError(f"tokenizer {path}: no such file — give wordpiece, bpe or a tokenizer.json")
+        raise UserError(f"tokenizer {path}: no such file — give auto, wordpiece, bpe, kmer or a tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises the base class itself

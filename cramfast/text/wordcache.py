@@ -2,9 +2,8 @@
 
 Text is cut only where both of our tokenizers cut anyway, so the ids are exactly those of `Tokenizer.encode`:
 after an ASCII letter or digit that a printable ASCII sign or a line break follows, and before a single space between
-two printable ASCII characters. Bytes of other characters never touch a cut, so normalisation cannot reach across.
-A long run of ASCII letters that stands alone is cut into the pieces that the tokenizers make of it: a genome is the
-same few thousand words over and over.
+two printable ASCII characters. Bytes of other characters never touch a cut, so normalisation cannot reach across; and
+no word but a document's first begins with a letter, which byte-level BPE gives a space.
 """
 
 import itertools
@@ -15,7 +14,11 @@ import numba
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast.text.tokenizer import LONGEST_BYTES, LONGEST_WORD, PIECE, SEP, ascii_of, byte_level, wordpiece
+from cramfast.text.bytebpe import byte_level
+from cramfast.text.kmers import Kmers
+from cramfast.text.specials import SEP
+from cramfast.text.spelling import ascii_of
+from cramfast.text.tokenizer import wordpiece
 from cramfast.text.wordpieces import KINDS, LETTER, OTHER, SIGN, SPACE, Pieces
 
 SLOTS = 1 << 23  # of the hash table; 32 MB, touched only where used
@@ -57,8 +60,7 @@ class WordCache:
         self.tokenizer = tokenizer
         tokenizer.encode_special_tokens = True
         self.splits_at_words = _splits_at_words(tokenizer)
-        byte_wise = self.splits_at_words and tokenizer.normalizer is None
-        self.longest, self.joins_space = (LONGEST_BYTES, True) if byte_wise else (LONGEST_WORD, False)
+        self.kmers = Kmers.of(tokenizer)
         if self.splits_at_words:
             self.of_words = _of_words(tokenizer)
             self.pieces = Pieces.of(tokenizer)
@@ -95,9 +97,7 @@ class WordCache:
         self.spelling = _grown(self.spelling, self.word_ends[known] + len(text))
         words = np.empty(len(text), np.int32)
         counts = np.empty(len(sizes), np.int64)
-        self.words = look_up(
-            text, sizes, self.longest, self.joins_space, self.slots, self.spelling, self.word_ends, known, words, counts
-        )
+        self.words = look_up(text, sizes, self.slots, self.spelling, self.word_ends, known, words, counts)
         if self.words < 0:  # more distinct words than the table holds in one call
             self._forget()
             return texts
@@ -117,6 +117,8 @@ class WordCache:
         return ids, lengths
 
     def _encode_whole(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self.kmers is not None:
+            return self.kmers.encode(texts)
         rows = [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         return np.array([i for row in rows for i in row], np.int32), np.array([len(r) for r in rows], np.int64)
 
@@ -155,7 +157,7 @@ class WordCache:
         if self.pieces is not None:
             data = [ascii_of(word).encode() for word in words]
             ends = np.cumsum([len(word) for word in data], dtype=np.int64)
-            ids, sizes = self.pieces.spell(np.frombuffer(b"".join(data), np.uint8), ends)
+            ids, sizes = self.pieces.spell(np.frombuffer(b"".join(data), np.uint8), ends, spelled=True)
             if (sizes >= 0).all():
                 return ids, sizes
         return _ask_each(self.of_words, words)
@@ -205,36 +207,12 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def _run(text, place, end):
-    """Where the ASCII letters from `place` on end."""
-    while place < end and 97 <= text[place] | 32 <= 122:
-        place += 1
-    return place
-
-
-@numba.njit(cache=True, nogil=True)
-def _long_run(text, start, end, longest, joins_space):
-    """(place of the first piece of a word too long to stay whole, its end), or (start, start) where there is none.
-
-    Only letters with nothing but one space or break before them, and a sign, a space, a break or nothing after them.
-    """
-    leads = KINDS[text[start]] >= SPACE
-    stop = _run(text, start + leads, end)
-    first = start if joins_space and text[start] == 32 else start + leads
-    if stop - first > longest and (stop == end or KINDS[text[stop]] >= SIGN):
-        return first, stop
-    return start, start
-
-
-@numba.njit(cache=True, nogil=True)
-def look_up(text, sizes, longest, joins_space, slots, spelling, word_ends, words, found, counts):
+def look_up(text, sizes, slots, spelling, word_ends, words, found, counts):
     """Cut documents into words and number them; unseen words are added to the table.
 
     Args:
         text: (bytes,) uint8, UTF-8 of all documents.
         sizes: (documents,) bytes of each.
-        longest: bytes of a run of letters that stays whole; a longer one is cut into pieces.
-        joins_space: whether the space before such a run belongs to its first piece.
         slots: open-addressing table of word numbers, 0 where free; a power of two of them.
         words: number of known words.
         found: receives the word numbers in order; counts: (documents,) how many of them belong to each.
@@ -247,16 +225,11 @@ def look_up(text, sizes, longest, joins_space, slots, spelling, word_ends, words
     for d in range(len(sizes)):
         end = place + sizes[d]
         before = total
-        first = stop = place  # of the long run that is being cut
         while place < end:
-            start, most = place, end
-            if place < first:  # the break before it, alone
-                most = first
-            elif place < stop:
-                most = min(place + PIECE, stop)
+            start = place
             hashed = np.uint64(0xCBF29CE484222325)  # FNV-1a
             kind = OTHER
-            while place < most:
+            while place < end:
                 following = KINDS[text[place]]
                 if kind == LETTER and following >= SIGN:
                     break
@@ -268,11 +241,6 @@ def look_up(text, sizes, longest, joins_space, slots, spelling, word_ends, words
                 kind = following
                 place += 1
             size = place - start
-            if size > longest:
-                first, stop = _long_run(text, start, end, longest, joins_space)
-                if stop > start:
-                    place = start
-                    continue
             slot = (hashed ^ (hashed >> np.uint64(32))) & mask
             while True:
                 word = slots[slot]

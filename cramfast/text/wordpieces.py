@@ -6,7 +6,9 @@ import numba
 import numpy as np
 from tokenizers import Tokenizer
 
-from cramfast.text.tokenizer import LONGEST_WORD, UNK
+from cramfast.text.specials import UNK
+from cramfast.text.spelling import KEPT
+from cramfast.text.tokenizer import LONGEST_WORD
 
 OTHER, LETTER, SIGN, SPACE, BREAK = range(5)  # other: control, or part of a character outside ASCII
 
@@ -31,10 +33,10 @@ class Pieces:
         children: (nodes, 128) int32, by character; 0 where there is none, since no child is the root.
         tokens: (nodes,) int32, id of the token that ends here, or -1.
         continued: node of "##", where the pieces after the first begin.
-        longest: most characters of a word that is not [UNK].
+        signs: (code points,) int32, id of each sign outside ASCII that stays itself, [UNK] for any other character.
     """
 
-    def __init__(self, vocabulary: dict[str, int], longest: int):
+    def __init__(self, vocabulary: dict[str, int]):
         children, tokens = [dict[int, int]()], [-1]
 
         def node_of(text: str) -> int:
@@ -50,7 +52,10 @@ class Pieces:
         for token, index in vocabulary.items():
             if token.isascii():
                 tokens[node_of(token)] = index
-        self.continued, self.longest = node_of("##"), longest
+        self.continued = node_of("##")
+        self.signs = np.full(ord(max(KEPT)) + 1, UNK, np.int32)
+        for sign in KEPT:
+            self.signs[ord(sign)] = vocabulary.get(sign, UNK)
         self.tokens = np.array(tokens, np.int32)
         self.children = np.zeros((len(children), 128), np.int32)
         for node, following in enumerate(children):
@@ -63,31 +68,33 @@ class Pieces:
         ours = {"type": "WordPiece", "continuing_subword_prefix": "##", "unk_token": "[UNK]"}
         if any(model.get(key) != value for key, value in ours.items()) or model["vocab"].get("[UNK]") != UNK:
             return None
-        return Pieces(model["vocab"], min(model["max_input_chars_per_word"], LONGEST_WORD))
+        return Pieces(model["vocab"]) if model["max_input_chars_per_word"] >= LONGEST_WORD else None
 
-    def spell(self, spelling: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def spell(self, spelling: np.ndarray, ends: np.ndarray, spelled: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the words end to end, int32, and the number of them in each, int64.
 
         Args:
             spelling: (bytes,) uint8, UTF-8 of the words end to end.
             ends: (words,) where each ends therein; words as look_up() in wordcache.py cuts them.
+            spelled: whether they went through ascii_of(), so that what is not ASCII is a sign that stays itself.
 
         Returns:
-            -1 as the number, and no ids, for a word that is not ASCII or too long.
+            -1 as the number, and no ids, for a word that is not ASCII and not spelled.
         """
         ids, sizes = np.empty(len(spelling), np.int32), np.empty(len(ends), np.int64)
-        written = _spell(spelling, ends, self.children, self.tokens, self.continued, self.longest, ids, sizes)
+        tree = self.children, self.tokens, self.continued, self.signs
+        written = _spell(spelling, ends, *tree, spelled, ids, sizes)
         return ids[:written], sizes
 
 
 @numba.njit(cache=True, nogil=True)
-def _spell(spelling, ends, children, tokens, continued, longest, ids, sizes):
+def _spell(spelling, ends, children, tokens, continued, signs, spelled, ids, sizes):
     """Greedy longest-match WordPiece (Wu et al., arXiv:1609.08144) after lower-casing and splitting at
     spaces and signs.
 
     Args:
         spelling: (bytes,) uint8; ends: (words,) where each word ends therein.
-        children, tokens, continued, longest: as in Pieces.
+        children, tokens, continued, signs: as in Pieces; spelled: as in Pieces.spell().
         ids, sizes: receive what Pieces.spell() returns.
 
     Returns:
@@ -101,12 +108,16 @@ def _spell(spelling, ends, children, tokens, continued, longest, ids, sizes):
             kind = KINDS[spelling[place]]
             stop = place + 1
             if spelling[place] >= 128:
-                sizes[w] = -1
-            elif kind == LETTER:
-                while stop < end and KINDS[spelling[stop]] == LETTER:
+                if not spelled:
+                    sizes[w] = -1
+                    break
+                while stop < end and 128 <= spelling[stop] < 192:
                     stop += 1
-            if stop - place > longest:
-                sizes[w] = -1
+                ids[written] = signs[_code_point(spelling[place:stop], len(signs))]
+                written += 1
+            elif kind == LETTER:
+                while stop < end and stop - place < LONGEST_WORD and KINDS[spelling[stop]] == LETTER:
+                    stop += 1
             if kind in (LETTER, SIGN):
                 written = _spell_part(spelling[place:stop], children, tokens, continued, ids, written)
             place = stop
@@ -115,6 +126,15 @@ def _spell(spelling, ends, children, tokens, continued, longest, ids, sizes):
         else:
             sizes[w] = written - first
     return written
+
+
+@numba.njit(cache=True, nogil=True)
+def _code_point(character, signs):
+    """Of UTF-8 in two or three bytes; 0, which is no sign, where it is none of so many."""
+    point = np.int64(character[0]) & (0x1F if len(character) == 2 else 0x0F)
+    for byte in character[1:]:
+        point = point << 6 | (np.int64(byte) & 0x3F)
+    return point if len(character) <= 3 and point < signs else 0
 
 
 @numba.njit(cache=True, nogil=True)

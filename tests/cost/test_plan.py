@@ -11,8 +11,9 @@ from cramfast import plan
 from cramfast.config import to_json
 from cramfast.cost import calibration, footprint, measurements
 from cramfast.cost.calibration import Efficiency
+from cramfast.cost.cards import Card, find_card
 from cramfast.cost.forecast import forecast, read_law
-from cramfast.cost.roofline import Card, Part, find_card, microbatch_parts, muon_parameters, update_parts
+from cramfast.cost.roofline import Part, microbatch_parts, muon_parameters, update_parts
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
 from cramfast.optim.flat import FlatParameters
@@ -20,6 +21,7 @@ from cramfast.optim.make import OPTIMIZERS, make_optimizer
 from cramfast.optim.schedule import microbatches
 from cramfast.recipes import resolve, starting_config
 from cramfast.session.budget import Budget
+from cramfast.session.memory import size_of_part
 
 CPU = Card("some processor", 2e10, 1e11, 1e11, 8 << 30, None, "a test")
 LAW = {"E": 1.5, "A": 400.0, "alpha": 0.3, "B": 900.0, "beta": 0.25}
@@ -110,14 +112,16 @@ def test_the_largest_microbatch_fits_and_one_sequence_more_does_not(config):
     assert footprint.largest_microbatch(config, 100 << 20, 300 << 20) == 0
 
 
-def test_microbatches_are_halved_until_they_fit():
+def test_microbatches_are_the_largest_that_fit():
     arguments = plan.parse(["--gpu", "RTX 2080 Ti"])
     card, config = find_card("RTX 2080 Ti"), arguments.config
     tokens = plan.fitting_microbatch(config, card, footprint.CONTEXT_BYTES)
     usable = plan.USABLE_MEMORY * card.memory_bytes
-    assert config.microbatch_tokens % tokens == 0
+    parts = round(config.microbatch_tokens / tokens)
+    assert parts > 2 and tokens == size_of_part(config.microbatch_tokens, parts)
     assert footprint.training_bytes(config, tokens, footprint.CONTEXT_BYTES) <= usable
-    assert footprint.training_bytes(config, 2 * tokens, footprint.CONTEXT_BYTES) > usable
+    larger = size_of_part(config.microbatch_tokens, parts - 1)
+    assert footprint.training_bytes(config, larger, footprint.CONTEXT_BYTES) > usable
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_microbatches_are_halved_until_they_fit():
     ],
 )
 def test_parts_are_measured_on_fewer_rows(op, shape, share, reduced):
-    assert calibration.fewer_rows(Part("a part", op, shape), share, torch.float32).shape == shape | reduced
+    assert calibration.fewer_rows(Part("a part", op, shape), share, torch.float32, "cpu").shape == shape | reduced
 
 
 def test_a_measured_efficiency_is_the_bound_over_the_median(config, monkeypatch):
@@ -256,6 +260,7 @@ def test_memory_of_muons_update_lies_beside_that_of_a_graph(config):
     hidden = 8 * muon_parameters(muon)
     assert footprint.training_bytes(muon, 512, 7) == 7 + footprint.state_bytes(muon) + pass_bytes + hidden
     on_cpu = replace(muon, device="cpu")
+    pass_bytes = footprint.kept_bytes(on_cpu, 512) + footprint.working_bytes(on_cpu, 512)
     assert footprint.training_bytes(on_cpu, 512, 7) == 7 + footprint.state_bytes(muon) + max(pass_bytes, hidden)
 
 

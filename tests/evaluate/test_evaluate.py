@@ -176,6 +176,35 @@ def test_whole_words_are_hidden_whole(model):
         assert hidden == "".join(text.split(" ")[word] for word in sorted(words))
 
 
+def test_special_tokens_written_in_a_text_are_text(run):
+    texts = ["the cat [MASK] sat [SEP] on [PAD] the [CLS] mat [UNK] " * 20] * 10
+    models = [checkpoints.load(run)]
+    models.append(
+        checkpoints.Checkpoint(run, "other", models[0].encoder, checkpoints.quiet(other_tokenizer()), None, None)
+    )
+    for model in models:
+        targets, spans = [], []
+        for encoding, chosen, text in perplexity.hide(model, texts, perplexity.Masks(fraction=0.3)):
+            targets += np.array(encoding.ids)[chosen].tolist()
+            spans.append(text)
+        assert len(targets) > 100 and min(targets) >= 5
+        assert "M" in "".join(spans) or "mask" in "".join(spans).lower()
+
+
+def test_perplexity_reads_as_training_does_and_says_what_it_left_out(tmp_path, run, monkeypatch, capsys):
+    words = ("perplexity", run, "--threads", 1, "--dtype", "float32", "--out", tmp_path / "out.json", "--data")
+    (tmp_path / "a.train").write_bytes("\n".join(f"Größe {text}" for text in SENTENCES).encode("latin-1") + b"\n")
+    flags = ("--format", "text", "--encoding", "latin-1", "--documents", "lines")
+    assert "nats/character" in command(monkeypatch, capsys, *words, tmp_path / "a.train", *flags)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES) + "no row\n")
+    arguments = map(str, ("evaluate", *words, tmp_path / "b.jsonl", "--skip-malformed", 1))
+    monkeypatch.setattr(sys, "argv", list(arguments))
+    commandline.main()
+    assert "note: " in (said := capsys.readouterr().err) and "1 malformed rows left out" in said
+    with pytest.raises(UserError, match="skip_malformed=-1 is not possible"):
+        perplexity.Arguments((run,), (str(tmp_path / "b.jsonl"),), skip_malformed=-1).run(None)
+
+
 def test_perplexity_refuses(model):
     with pytest.raises(UserError, match="takes 128 tokens"):
         perplexity.measure(model, SENTENCES, perplexity.Masks(sequence_len=200))
@@ -315,6 +344,14 @@ def test_own_task(tmp_path, run, monkeypatch, capsys):
     out = command(monkeypatch, capsys, *words, "--metric", "f1", "--lr", "2e-3", "--dtype", "float32", "--seeds", 1)
     stored = json.loads((tmp_path / "o.json").read_text())
     assert stored["settings"]["classes"] == ["calm", "wild"] and stored["tasks"]["mood"]["scores"]["mood"][0] > 0.8
+    counts = [sum(line.endswith(name) for line in lines) for name in ("calm", "wild")]
+    assert [c["train"] for c in stored["tasks"]["mood"]["classes"].values()] == counts
+    assert stored["settings"]["max_len"] == 128 and stored["tasks"]["mood"]["shown_metric"] == "f1 of wild"
+    assert f"class 0 'calm': {counts[0]} in train, " in out and "f1 of wild" in out
+    calm = command(monkeypatch, capsys, *words, "--metric", "f1", "--positive", "calm", "--seeds", 1, "--epochs", 1)
+    assert "f1 of calm" in calm
+    with pytest.raises(UserError, match=r"positive='sad' is not possible — give it with --metric f1 and one of two"):
+        command(monkeypatch, capsys, *words, "--metric", "f1", "--positive", "sad")
     assert "own task" in out and not (run / "evaluations").exists()
     with pytest.raises(UserError, match=r"max_len=129 is not possible — use 128 or less"):
         command(monkeypatch, capsys, *words, "--metric", "f1", "--max-len", 129)

@@ -7,6 +7,7 @@ import pytest
 
 from cramfast.errors import UserError
 from cramfast.evaluate import blimp, cola, examples, glue, owntask, scores
+from cramfast.evaluate.finetune import Protocol
 from cramfast.evaluate.tasks import NUMBERS, TASKS, find_task
 from cramfast.hf.modelcard import with_scores
 from cramfast.pages.scoretable import ScoreTable
@@ -74,6 +75,39 @@ def test_a_pair_needs_both_its_texts_but_where_the_official_data_lack_one(tmp_pa
     assert examples.read_glue(qqp, find_task("qqp-lite")).labels == [0.0]
 
 
+def own_pair(folder, train: str, dev: str, skip: bool = False):
+    (folder / "train.tsv").write_bytes(train.encode())
+    (folder / "dev.tsv").write_bytes(dev.encode())
+    return owntask.read_pair(folder / "train.tsv", folder / "dev.tsv", (), "mood", False, skip)
+
+
+def test_blanks_around_labels_and_names_make_no_class(tmp_path):
+    rows = " text\tmood \na\tpos\nb\t pos\nc\tneg \nd\tneg\r\n"
+    train, dev, classes = own_pair(tmp_path, rows, rows)
+    assert classes == ("neg", "pos") and train.labels == dev.labels == [1, 1, 0, 0]
+    assert examples.class_counts(classes, train) == {"neg": 2, "pos": 2}
+
+
+@pytest.mark.parametrize(("one", "other"), [("1", "1.0"), ("caf\u00e9", "cafe\u0301"), ("ﬁne", "fine")])
+def test_labels_that_look_alike_are_refused(tmp_path, one, other):
+    rows = "text\tmood\n" + "".join(f"a{i}\t{(one, other, 'x')[i % 3]}\n" for i in range(9))
+    with pytest.raises(UserError, match=r"train\.tsv: labels .* look like one class — write one of them only"):
+        own_pair(tmp_path, rows, rows)
+
+
+def test_a_lone_carriage_return_ends_no_row(tmp_path):
+    rows = "text\tmood\none\rtwo\tpos\nthree\tneg\nfour\tneg\nfive\tpos\n"
+    train, _, _ = own_pair(tmp_path, rows, rows, skip=True)
+    assert train.texts[0] == ("one\rtwo",) and (len(train.texts), train.left_out) == (4, 0)
+
+
+def test_a_row_beyond_a_piece_is_refused_not_split(tmp_path, monkeypatch):
+    monkeypatch.setattr("cramfast.text.lines.LONGEST_PIECE", 20)
+    rows = "text\tmood\n" + "a\tpos\nb\tneg\nword word\tpos word\tpos\n"
+    with pytest.raises(UserError, match=r"train\.tsv:4: a row of more than"):
+        own_pair(tmp_path, rows, rows, skip=True)
+
+
 def test_own_files_that_are_refused(tmp_path):
     train, dev = tmp_path / "train.tsv", tmp_path / "dev.tsv"
     rows = "text\tmood\n" + "".join(f"a{i}\t{('calm', 'wild')[i % 2]}\n" for i in range(6))
@@ -117,7 +151,9 @@ def test_scores():
     assert scores.accuracy(truth, guess) == 0.6
     assert scores.f1(truth, guess) == pytest.approx(2 / 3)
     assert scores.matthews(truth, guess) == pytest.approx(1 / 6)
-    assert scores.f1([0, 1, 2], [0, 1, 1]) == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert scores.f1(truth, guess, positive=0) == pytest.approx(1 / 2)
+    assert scores.f1([0, 1, 2], [0, 1, 1], positive=None) == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert scores.f1([0, 1, 1], [0, 1, 0], positive=None) == pytest.approx((2 / 3 + 2 / 3) / 2)  # of three, two occur
     assert scores.pearson([1, 2, 3], [2, 4, 6]) == pytest.approx(1) and scores.pearson([1, 2], [3, 3]) == 0
     assert scores.spearman([1, 2, 3], [1, 10, 11]) == pytest.approx(1)
 
@@ -161,12 +197,14 @@ def test_the_mean_needs_all_nine():
         name = "m"
 
     whole = {name: entry([examples.dev_name(t, split) for split in t.dev]) for name, t in TASKS.items()}
-    table = glue.glue_table(Named, "cramming", whole)
+    table = glue.glue_table(Named, "cramming", whole, Protocol())
     assert table.rows[0] == ["cola", "f1", "70.00", "50.00", "90.00", "20.00", "3", "official"]
     assert table.rows[-1][:3] == ["mean of the 9 numbers", "", "70.00"] and len(table.notes) == 1
-    table = glue.glue_table(Named, "cramming", {**whole, "qqp": entry(["qqp"], "unofficial (3 rows)")})
+    table = glue.glue_table(Named, "cramming", {**whole, "qqp": entry(["qqp"], "unofficial (3 rows)")}, Protocol())
     assert table.rows[-1][0] == "partial mean, 8 of the 9 numbers"
-    assert not any("mean" in row[0] for row in glue.glue_table(Named, "cramming", {"a": entry(["a"], "own")}).rows)
+    assert not any(
+        "mean" in row[0] for row in glue.glue_table(Named, "cramming", {"a": entry(["a"], "own")}, Protocol()).rows
+    )
 
 
 def test_cola_by_annotation(tmp_path):

@@ -1,6 +1,7 @@
 """Where scores go: two evaluations do not overwrite each other, a cut-off one goes on, what was measured is kept."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_run import SENTENCES, make_run, tiny_config
 
 from cramfast.errors import UserError
 from cramfast.evaluate import blimp, checkpoints, examples, glue, jobs, owntask, perplexity
+from cramfast.evaluate.finetune import Protocol
 from cramfast.evaluate.tasks import TASKS
 from cramfast.export import export
 
@@ -179,8 +181,23 @@ def test_a_mean_of_some_tasks_is_called_partial(tmp_path):
             for task in tasks
         }  # fmt: skip
         entries[names[0]]["seeds"] = [0]
-        return glue.glue_table(model, "cramming", entries)
+        return glue.glue_table(model, "cramming", entries, Protocol())
 
     some, every = shown("cola", "mnli"), shown(*TASKS)
     assert some.rows[-1][:3] == ["partial mean, 3 of the 9 numbers", "", "60.00"]
     assert every.rows[-1][0] == "mean of the 9 numbers" and "The tasks have unequal numbers of seeds." in every.notes
+
+
+def test_a_seed_without_finite_predictions_is_said_and_left_out(tmp_path):
+    labels = examples.Examples([("light",), ("sound",), ("time",)], [0.0, 1.0, 2.0])
+    model = checkpoints.load(make_run(tmp_path / "run", tiny_config()))
+    job = jobs.make_job(model, Protocol(), "own", (), "pearson", labels, {"own": labels}, "own task")
+    assert job.score([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]) == pytest.approx(1)
+    assert math.isnan(job.score([0.0, 1.0, 2.0], [1.0, math.nan, 3.0]))
+    entry = {"metric": "pearson", "remark": "own task", "left_out_rows": 0, "scores": {"own": [0.5, None, 0.7]}}
+    (row,) = jobs.table_rows({"own": entry})
+    assert row == [
+        "own", "pearson", "60.00", "50.00", "70.00", "14.14", "2", "own task, 1 more seed without a finite prediction"
+    ]  # fmt: skip
+    (row,) = jobs.table_rows({"own": entry | {"scores": {"own": [None]}}})
+    assert row[2:7] == ["–", "–", "–", "–", "0"]

@@ -53,7 +53,10 @@ def test_rate_of_the_protocol():
     from transformers import get_cosine_schedule_with_warmup
 
     protocol = finetune.Protocol()
-    assert (protocol.epochs, protocol.batch, protocol.lr, protocol.max_len, protocol.dropout) == (5, 16, 4e-5, 128, 0.1)
+    assert (protocol.epochs, protocol.batch, protocol.lr, protocol.dropout) == (5, 16, 4e-5, 0.1)
+    assert (protocol.at(512).max_len, protocol.at(128).notes()) == (128, [])
+    assert protocol.at(64).max_len == 64
+    assert protocol.at(64).notes() == ["Examples are cut to 64 tokens; published scores use 128."]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=4e-5)
     schedule = get_cosine_schedule_with_warmup(optimizer, 5, 57)
     for step in range(57):

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from pretended_gpu import card
 from test_ops import _assert_as_good_as_eager, _convert_all, _evaluate
 
 import cramfast.kernels
@@ -33,6 +34,7 @@ def on_gpu(monkeypatch, tmp_path):
     write()
     yield write
     dispatch.measured.cache_clear()
+    dispatch.unsettle()
 
 
 def row(op, relative_time, architecture="sm_86", dtype="bfloat16"):
@@ -57,48 +59,94 @@ def test_on_a_cpu_the_compiled_kernels_run():
     assert choice.implementation == "reference" and "not float64" in choice.reason
 
 
-def test_nothing_measured_means_the_reference_and_says_how_to_ask(on_gpu):
-    choice = dispatch.choose("attention", "cuda", torch.bfloat16)
-    assert choice.implementation == "reference"
-    assert "nothing has been measured on sm_86" in choice.reason and "attention=" in choice.reason
-    assert "torch_varlen" in choice.reason and "flash_attn" not in choice.reason, "only what can run is offered"
+FLOOR = {
+    # (architecture, dtype): attention of all, attention of local layers
+    ("sm_75", "float16"): ("torch_efficient", "padded"),
+    ("sm_75", "float32"): ("torch_efficient", "padded"),
+    ("sm_75", "bfloat16"): ("padded", "padded"),
+    ("sm_80", "bfloat16"): ("torch_varlen", "torch_varlen"),
+    ("sm_86", "bfloat16"): ("torch_varlen", "torch_varlen"),
+    ("sm_86", "float16"): ("torch_varlen", "torch_varlen"),
+    ("sm_86", "float32"): ("torch_efficient", "padded"),
+    ("sm_120", "bfloat16"): ("torch_varlen", "torch_varlen"),
+}
 
 
-def test_the_fastest_that_can_run_is_taken(on_gpu):
-    on_gpu(row("attention", {"flash_attn": 1.0, "torch_varlen": 1.2, "reference": 9.0}))
-    choice = dispatch.choose("attention", "cuda", torch.bfloat16)
-    assert choice.implementation == "torch_varlen"
-    assert "RTX A6000, commit abc" in choice.reason and "pip install flash-attn" in choice.reason
-    for elsewhere in ("sm_90", "sm_75"):
-        on_gpu(row("attention", {"torch_varlen": 1.0, "reference": 9.0}, architecture=elsewhere))
-        assert dispatch.choose("attention", "cuda", torch.bfloat16).implementation == "reference"
+@pytest.mark.parametrize(("place", "expected"), FLOOR.items(), ids=lambda x: "-".join(x))
+def test_unasked_every_card_runs_stock_pytorch_and_never_the_loop(on_gpu, monkeypatch, place, expected):
+    card(monkeypatch, place[0], packages=())
+    dtype = getattr(torch, place[1])
+    for windowed, name in zip((False, True), expected, strict=True):
+        choice = dispatch.choose("attention", "cuda", dtype, windowed)
+        assert choice.implementation == name == dispatch.floor("attention", "cuda", dtype, windowed)
+        assert choice.reason.startswith(f"stock PyTorch, needs no measurement on {place[0]}") and not choice.obstacle
+    for op in set(dispatch.OPERATORS) - {"attention"}:
+        assert dispatch.choose(op, "cuda", dtype).implementation == "stock"
 
 
-def test_the_fused_feed_forward_is_taken_only_where_it_was_measured_fastest(on_gpu, monkeypatch):
-    monkeypatch.setattr(dispatch, "_cpp_obstacle", lambda target: "")  # as where it was built with CUDA
-    choice = dispatch.choose("layernorm_glu", "cuda", torch.bfloat16)
-    assert choice.implementation == "reference" and "cpp_fused" in choice.reason
-    on_gpu(row("layernorm_glu", {"cpp_fused": 1.0, "reference": 3.0}))
-    assert dispatch.choose("layernorm_glu", "cuda", torch.bfloat16).implementation == "cpp_fused"
-    assert dispatch.choose("layernorm_glu", "cuda", torch.float16).implementation == "reference"
+def test_the_floor_of_a_torch_whose_varlen_attention_has_no_window(on_gpu, monkeypatch):
+    monkeypatch.setattr(peers, "varlen_attn_has_window", lambda: False)
+    assert dispatch.floor("attention", "cuda", torch.bfloat16) == "torch_varlen"
+    assert dispatch.floor("attention", "cuda", torch.bfloat16, windowed=True) == "padded"
 
 
-def test_the_reference_is_taken_where_it_was_fastest(on_gpu):
-    on_gpu(row("attention", {"reference": 1.0, "torch_varlen": 1.2}))
-    assert dispatch.choose("attention", "cuda", torch.bfloat16).implementation == "reference"
+def test_the_floor_says_what_waits_and_how_it_rotates(on_gpu, monkeypatch):
+    card(monkeypatch, "sm_86", packages=(), built=True)
+    assert dispatch.choose("glu", "cuda", torch.bfloat16).reason == (
+        "stock PyTorch, needs no measurement on sm_86; cpp waits for --qualify"
+    )
+    card(monkeypatch, "sm_86", built=True)
+    reason = dispatch.choose("layernorm_glu", "cuda", torch.bfloat16).reason
+    assert reason.endswith("; cpp, cpp_fused, triton wait for --qualify")
+    assert "rotation" not in dispatch.choose("attention", "cuda", torch.bfloat16).reason
+    card(monkeypatch, "sm_75")
+    reason = dispatch.choose("attention", "cuda", torch.float16).reason
+    assert "rotation in PyTorch's operators: it needs sm_80 or later" in reason
 
 
-def test_local_attention_passes_over_what_has_no_window(on_gpu):
-    on_gpu(row("attention", {"torch_efficient": 1.0, "reference": 9.0}))
-    assert dispatch.choose("attention", "cuda", torch.bfloat16).implementation == "torch_efficient"
-    choice = dispatch.choose("attention", "cuda", torch.bfloat16, windowed=True)
-    assert choice.implementation == "reference" and "no two-sided window" in choice.reason
+def test_a_verdict_goes_before_the_floor_and_what_is_asked_for_before_both(on_gpu, monkeypatch):
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS["glu"], "cpp", dispatch.Implementation(lambda target: ""))
+    x = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert dispatch.pick("glu", x)[0] == "stock"
+    dispatch.settle("glu", "cuda", torch.bfloat16, "cpp", "qualified on this card")
+    choice = dispatch.choose("glu", "cuda", torch.bfloat16)
+    assert (choice.implementation, choice.reason) == ("cpp", "qualified on this card")
+    assert dispatch.pick("glu", x)[0] == "cpp", "what was picked before is picked anew"
+    assert dispatch.choose("glu", "cuda", torch.float16).implementation == "stock"
+    with dispatch.using("glu", "reference", device="cuda"):
+        assert dispatch.choose("glu", "cuda", torch.bfloat16).reason == "asked for"
+    dispatch.unsettle()
+    assert dispatch.pick("glu", x)[0] == "stock"
+    with pytest.raises(ValueError, match="unknown implementation 'fast' of glu"):
+        dispatch.settle("glu", "cuda", torch.bfloat16, "fast", "")
 
 
-def test_adamw_is_measured_in_float32_whatever_the_weights_are(on_gpu, monkeypatch):
-    monkeypatch.setattr(peers, "installed", lambda module: module == "triton")
-    on_gpu(row("adamw", {"triton": 1.0, "reference": 9.0}, dtype="float32"))
-    assert dispatch.choose("adamw", "cuda", torch.bfloat16).implementation == "triton"
+def test_verdicts_of_local_attention_and_of_adamw(on_gpu):
+    dispatch.settle("attention", "cuda", torch.bfloat16, "padded", "why", windowed=True)
+    assert dispatch.choose("attention", "cuda", torch.bfloat16, windowed=True).implementation == "padded"
+    assert dispatch.choose("attention", "cuda", torch.bfloat16).implementation == "torch_varlen"
+    dispatch.settle("adamw", "cuda", torch.bfloat16, "reference", "its buffers are float32 whatever the weights are")
+    assert dispatch.choose("adamw", "cuda", torch.float32).implementation == "reference"
+
+
+def test_candidates_come_in_the_order_of_what_was_measured_nearest(on_gpu, monkeypatch):
+    card(monkeypatch, "sm_86", packages=("triton", "flash_attn"))
+    plain = ["flash_attn", "torch_varlen", "torch_efficient", "padded"]
+    assert dispatch.candidates("attention", "cuda", torch.bfloat16) == plain
+    assert dispatch.candidates("attention", "cuda", torch.bfloat16, windowed=True) == [
+        name for name in plain if name != "torch_efficient"
+    ]
+    on_gpu(
+        row("attention", {"torch_varlen": 1.0, "flash_attn": 1.2, "reference": 9.0}, architecture="sm_90"),
+        row("attention", {"padded": 1.0, "reference": 9.0}, architecture="sm_75"),
+        row("adamw", {"triton": 1.0, "stock": 9.0}, dtype="float32"),
+    )
+    first = dispatch.candidates("attention", "cuda", torch.bfloat16)
+    assert first == ["torch_varlen", "flash_attn", "torch_efficient", "padded"]
+    assert dispatch.choose("attention", "cuda", torch.bfloat16).implementation == "torch_varlen", (
+        "a hint decides nothing"
+    )
+    assert dispatch.candidates("adamw", "cuda", torch.bfloat16) == ["triton", "stock"]
 
 
 @pytest.mark.parametrize(
@@ -178,14 +226,14 @@ def test_compiled_code_follows_an_override(on_gpu, monkeypatch):
     x = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
 
     @torch.compile(fullgraph=True, backend="eager")
-    def runs_reference(y):
-        return y + (dispatch.pick("glu", x)[0] == "reference")
+    def runs_stock(y):
+        return y + (dispatch.pick("glu", x)[0] == "stock")
 
     try:
-        assert runs_reference(torch.zeros(())) == 1, "nothing is measured"
+        assert runs_stock(torch.zeros(())) == 1, "nothing is settled"
         with dispatch.using("glu", "cpp", device="cuda"):
-            assert runs_reference(torch.zeros(())) == 0
-        assert runs_reference(torch.zeros(())) == 1
+            assert runs_stock(torch.zeros(())) == 0
+        assert runs_stock(torch.zeros(())) == 1
     finally:
         dispatch._picked.clear()
 

@@ -119,14 +119,14 @@ def test_fresh_memory_filled_with_nan(module, case, nan_memory):
 def test_logits_of_any_width(module, V, dtype):
     """The kernel without the matmuls around it, whose own rounding over so many terms hides its error."""
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(V)).mul(3).to(dtype)
-    target, scale = torch.tensor([V - 1, -100, 0]), torch.tensor([0.5])
+    target = torch.tensor([V - 1, -100, 0])
     wide = logits.double().requires_grad_()
     loss = torch.nn.functional.cross_entropy(wide, target, reduction="none")
     loss.sum().mul(0.5).backward()
     eager = torch.log_softmax(logits.float(), 1)
     ours = {"loss": torch.full((3,), torch.nan), "gradient": logits.clone()}
     code = DTYPE_CODES[dtype]
-    extension.call("cross_entropy", logits, ours["gradient"], target, ours["loss"], scale, 3, V, 0.0, True, code)
+    extension.call("cross_entropy", logits, ours["gradient"], target, ours["loss"], 3, V, 0.0, 0.5, True, code)
     picked = -eager.gather(1, target.clamp(min=0)[:, None])[:, 0] * (target >= 0)
     hot = torch.zeros(3, V).scatter_(1, target.clamp(min=0)[:, None], 1.0)
     slope = ((eager.exp() - hot) * 0.5 * (target >= 0)[:, None]).to(dtype)
@@ -229,14 +229,40 @@ def test_attention_does_not_depend_on_the_capacity(module):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
-def test_a_sequence_that_is_longer_than_promised_stops_the_launch(module, dtype):
-    """On a GPU Python does not look at the offsets: it would have to wait for them."""
-    qkv, offsets, longest, cos, sin = _attention((20, 33), 64, dtype)
-    out, lse = qkv[:, 0].clone(), torch.zeros(2, len(qkv))
-    sizes = (len(qkv), 2, 2, 64, longest - 1, -1, DTYPE_CODES[dtype])
-    with pytest.raises(RuntimeError, match="a sequence is longer than max_seqlen"):
+BAD_OFFSETS = {
+    "too long": ([0, 20, 53], 32, "sequence 1 has 33 tokens, more than max_seqlen 32"),
+    "decreasing": ([0, 20, 15], 33, "cu_seqlens decreases from 20 to 15 after sequence 1 of 2"),
+    "beyond the end": ([0, 33, 58], 33, "cu_seqlens reaches 58 after sequence [12], of 57 tokens"),
+    "negative": ([0, -3, 20], 33, "cu_seqlens decreases from 0 to -3 after sequence 0 of 2"),
+    "negative at the end": ([0, 20, -(2**31)], 33, "cu_seqlens decreases from 20 to -2147483648 after sequence 1 of 2"),
+    "not from 0": ([4, 20, 53], 33, "cu_seqlens must start at 0, not at 4"),
+    "far away": ([2**30, 2**30 + 5, 2**30 + 9], 33, "cu_seqlens (must start at 0|reaches 1)"),
+    "no sequence": ([7], 33, "cu_seqlens must start at 0, not at 7"),
+}
+
+
+@pytest.mark.parametrize("form", ("plain", "short", "tiled"))
+@pytest.mark.parametrize("fault", BAD_OFFSETS)
+def test_bad_offsets_stop_the_launch_and_are_named(module, fault, form):
+    """On a GPU Python does not look at the offsets: it would have to wait for them. Nothing is read or written then."""
+    bad, most, message = BAD_OFFSETS[fault]
+    dtype = torch.float32 if form == "plain" else torch.float16
+    qkv, _, _, _, _ = _attention((20, 33), 64, dtype)
+    offsets = torch.tensor(bad, dtype=torch.int32)
+    if form == "tiled":
+        most, message = most + 128, message.replace("33 tokens, more than max_seqlen 32", "200 tokens, more than")
+        if fault == "too long":
+            qkv, _, _, _, _ = _attention((20, 200), 64, dtype)
+            offsets[2] = 220
+    cos, sin = rotary_table(most, 64)
+    sizes = (len(qkv), len(bad) - 1, 2, 64, most, -1, DTYPE_CODES[dtype])
+    out, lse, dqkv = (torch.full_like(t, 7) for t in (qkv[:, 0].contiguous(), torch.zeros(2, len(qkv)), qkv))
+    with pytest.raises(RuntimeError, match=f"attention: {message}"):
         extension.call("attention_fwd", qkv, qkv, offsets, cos, sin, out, lse, *sizes)
+    places = (out, qkv, out, lse, offsets, cos, sin, torch.zeros_like(lse), dqkv)
+    with pytest.raises(RuntimeError, match=f"attention: {message}"):
+        extension.call("attention_bwd", qkv, *places, *sizes)
+    assert (out == 7).all() and (lse == 7).all() and (dqkv == 7).all()
 
 
 def test_attention_keeps_its_heads_and_sequences_apart(module):

@@ -1,7 +1,10 @@
 """Every operator against float64 of its reference: values, gradients, registration, compilation, repeatability; on
 every device there is, or on that of --device. On a GPU the implementation is the one that --kernels names."""
 
+import importlib
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +113,17 @@ def assert_reproduces_reference(device, case, shape, dtype):
 
 def test_values_and_gradients_against_float64(device, case, shape, dtype):
     assert_reproduces_reference(device, case, shape, dtype)
+
+
+def test_no_float_sum_is_left_to_the_vectoriser():
+    """Where a compiler does not vectorise it, `reduction(+ : x)` is one running sum, off by more than is allowed."""
+    left = {
+        (path.name, name)
+        for path in (Path(__file__).parents[2] / "csrc").glob("*")
+        if path.suffix in (".h", ".cpp")
+        for name in re.findall(r"reduction\(\+ *: *([^)]*)\)", path.read_text(encoding="utf-8"))
+    }
+    assert left == {("adamw_cpu.cpp", "sum")}  # of doubles
 
 
 def test_two_runs_and_any_thread_count_agree_bitwise(device, case, shape, dtype):
@@ -266,7 +280,7 @@ def test_loss_chunks_agree_with_one_chunk(device, monkeypatch):
     case = next(c for c in CASES if c.op == "cross_entropy")
     inputs = _smallest("cross_entropy", device, M=100, D=64, V=640)
     whole = _evaluate(cramfast.kernels, case, inputs)
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 640 * 4)
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, device, 7 * 640 * 4)
     pieces = _evaluate(cramfast.kernels, case, inputs)
     for name, value in whole.items():
         torch.testing.assert_close(pieces[name], value, rtol=1e-5, atol=1e-7)
@@ -286,6 +300,28 @@ def test_loss_chunks_agree_with_one_chunk(device, monkeypatch):
 def test_attention_refuses_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         varlen_attention(**{**_smallest("attention"), **change})
+
+
+def _implementations(op):
+    """What the registered operators call on a CPU and a GPU alike, and arguments."""
+    module = importlib.import_module(f"cramfast.kernels.{op}")
+    if op == "layernorm_glu":
+        inputs = _smallest(op)
+        names = ("x", "residual", "norm_weight", "norm_bias", "weight_in", "activation")
+        return [(module._forward, (*(inputs[name] for name in names), 1e-5, "cpp_fused"))]
+    names = ("_adamw",) if op == "adamw" else ("_forward", "_backward")
+    return [(getattr(module, name), call[1]) for name, call in zip(names, _raw_calls(op, "cpu"), strict=False)]
+
+
+@pytest.mark.parametrize("op", dispatch.OPERATORS)
+def test_a_tensor_on_another_device_is_refused_by_name(op):
+    """Its address would mean something else there. Tensors without storage stand for those of another device."""
+    for implementation, arguments in _implementations(op):
+        tensors = [place for place, value in enumerate(arguments) if isinstance(value, torch.Tensor)]
+        for place in tensors if len(tensors) > 1 else ():
+            moved = [*arguments[:place], arguments[place].to("meta"), *arguments[place + 1 :]]
+            with pytest.raises(ValueError, match=r"^[a-z_ ]+: on \w+, but the operator's first tensor is on \w+;"):
+                implementation(*moved)
 
 
 def test_unaligned_and_strided_tensors_are_refused():

@@ -57,6 +57,9 @@ def test_blocks_on_a_multiprocessor(architecture, threads, registers, shared, bl
 def test_each_problem_is_named():
     bad = Kernel("glu_fwd_kernel<bf16, 8, Gelu>", 86, 256, 32, 0, 8, 16, wide_loads=0, local_accesses=3, tensor_core=0)
     assert len(bad.problems()) == 3
+    prints = Kernel("attention_check_kernel", 86, 256, 52, 0, 32, 0, wide_loads=0, local_accesses=32, tensor_core=0)
+    assert not prints.problems()  # values for printf
+    assert replace(prints, spill_bytes=8).problems() and replace(prints, name="attention_short_fwd_kernel").problems()
     assert not needs_wide_loads("glu_fwd_kernel<bf16, 1, Gelu>") and not needs_wide_loads("layernorm_sum_kernel")
     assert needs_wide_loads("cross_entropy_kernel<f16, 8, 0>") and needs_wide_loads("adamw_norm_kernel")
     assert needs_tensor_cores("attention_short_fwd_kernel<f16, 64>", 75)

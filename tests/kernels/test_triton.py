@@ -10,9 +10,10 @@ from test_ops import _assert_as_good_as_eager, _convert_all, _evaluate, assert_r
 
 import cramfast.kernels
 from bench import peers
-from cramfast.kernels import dispatch, extension, reference
-from cramfast.kernels.cases import CASES
+from cramfast.kernels import arrange, dispatch, extension, reference
+from cramfast.kernels.cases import CASES, rotary_table
 from cramfast.kernels.layernorm import MAX_WIDTH
+from cramfast.kernels.places import Places
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKED = [case for case in CASES if "triton" in dispatch.IMPLEMENTATIONS[case.op]]
@@ -190,3 +191,40 @@ def test_the_fused_operator_refuses_bad_arguments(change, message):
 
 def test_widths_are_limited_as_in_the_compiled_kernels():
     assert extension.module.layernorm_max_width == MAX_WIDTH
+
+
+# arrange.py: not an operator of its own, what stock attention needs first.
+
+
+@pytest.mark.parametrize("rotary", (True, False))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_rotation_before_stock_attention(monkeypatch, dtype, rotary):
+    """Into a longer tensor and its gradient back, rows of no sequence full of NaN: as torch's operators do it."""
+    places = Places(torch.tensor([0, 3, 3, 5, 5], dtype=torch.int32, device=DEVICE), 7, 3)
+    x = torch.randn(7, 3, 3, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    x[5:] = torch.nan
+    table = tuple(t.to(DEVICE) for t in rotary_table(3, 32)) if rotary else None
+
+    def both(fuses, x):
+        monkeypatch.setattr(arrange, "fuses", lambda _: fuses)
+        leaf = x.clone().requires_grad_()
+        out = arrange.arrange(leaf, places, table, 2, 1)
+        cotangent = torch.arange(out.numel(), device=DEVICE).view(out.shape) % 7 - 3.0
+        return out.detach(), *torch.autograd.grad(out, leaf, cotangent.to(x.dtype))
+
+    eps = torch.finfo(dtype).eps
+    for ours, true in zip(both(True, x), both(False, x.double()), strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=eps, atol=eps)
+    assert arrange.agrees(DEVICE, dtype, 3, 32)
+
+
+def test_a_rotation_that_is_wrong_here_is_not_taken(monkeypatch):
+    right = arrange.launch
+
+    def wrong(out, x, tables, own_N, shift, direction):
+        right(out, x, tables, own_N, shift, direction)
+        out[5] += 0.1
+
+    monkeypatch.setattr(arrange, "launch", wrong)
+    with pytest.warns(UserWarning, match="the Triton kernel was wrong here"):
+        assert not arrange.agrees(DEVICE, torch.float32, 1, 32)

@@ -145,6 +145,11 @@ GOLDEN = [4.1761, 4.1528, 4.2027, 4.1570, 4.1353, 4.1404, 4.2194, 4.0590, 4.0799
 
 
 def test_ten_golden_losses():
+    torch.manual_seed(0)
+    if abs(float(torch.nn.init.trunc_normal_(torch.empty(64, 4)).sum()) - 1.69641) > 1e-3:
+        pytest.skip(
+            f"trunc_normal_ of torch {torch.__version__} draws other initial weights than that of 2.13 and later"
+        )
     model = small_model()
     optimizer = AdamW(FlatParameters(model), beta1=0.9, beta2=0.98, eps=1e-12, weight_decay=0.01, max_norm=0.5)
     losses = []

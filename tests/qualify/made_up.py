@@ -89,7 +89,7 @@ def slow(*arguments):
     return reference.varlen_attention(*arguments)
 
 
-def right(qkv, cu_seqlens, max_seqlen, rotary=None, window=None):
+def right(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None):
     """The compiled kernel: right, and many times as fast as the loop."""
     cos, sin = rotary or (None, None)
     return attention._Attention.apply(qkv, cu_seqlens, max_seqlen, cos, sin, -1 if window is None else window)

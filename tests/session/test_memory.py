@@ -1,14 +1,18 @@
-"""A memory that is too small, faked: microbatches are halved until they fit, and the record says so."""
+"""A memory that is too small, faked: the largest microbatch that fits is looked for, and the record says so."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-from fake_loader import rows, run, same_bits, weights
+from fake_loader import rows, run, same_bits, small_config, weights
 
+from cramfast import train
+from cramfast.batches import feed
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
+from cramfast.runtime import distributed
+from cramfast.runtime.distributed import Processes, Team
 from cramfast.session import checkpoint
 from cramfast.session import memory as search
 from cramfast.session.budget import Progress, read_replay, resized
@@ -135,6 +139,131 @@ def test_nothing_of_a_failed_attempt_is_alive_in_the_next():
 
     gc.disable()
     try:
-        assert search.halving(attempt, 8, 1) == 2
+        assert search.fitting(attempt, attempt, 8, 1) == 2
     finally:
         gc.enable()
+
+
+class Card:
+    """Holds `most` tokens; notes what was tried and what was run."""
+
+    def __init__(self, most: int):
+        self.most, self.tried, self.ran = most, [], []
+
+    def trial(self, size: int) -> None:
+        self.tried.append(size)
+        if size > self.most:
+            raise torch.OutOfMemoryError
+
+    def run(self, size: int) -> int:
+        self.ran.append(size)
+        if size > self.most:
+            raise torch.OutOfMemoryError
+        return size
+
+    def fitting(self, tokens: int, least: int = 128) -> int:
+        return search.fitting(self.run, self.trial, tokens, least)
+
+
+@pytest.mark.parametrize(
+    ("most", "found", "tried"),
+    [
+        (65536, 65536, []),
+        (32768, 32768, []),  # nothing lies between a whole and a half
+        (30000, 21840, [16384, 21840]),  # a third, not a quarter
+        (20000, 16384, [16384, 21840]),
+        (12000, 10920, [16384, 8192, 10920, 13104]),  # a sixth: between a quarter and an eighth
+        (9000, 8192, [16384, 8192, 10920, 9360]),
+    ],
+)
+def test_the_largest_microbatch_that_fits_is_found(most, found, tried):
+    card = Card(most)
+    assert card.fitting(65536) == found and card.tried == tried
+    assert card.ran == [65536] * (found < 65536) + [32768] * (found < 32768) + [found]
+
+
+def test_few_trials_and_no_token_of_an_update_lost():
+    for most in range(600, 65536, 997):
+        card = Card(most)
+        size = card.fitting(65536)
+        parts = round(65536 / size)
+        assert size <= most and 65536 * (1 - 1 / search.LOST) <= parts * size <= 65536
+        assert len(card.tried) <= 6 + search.MOST_TRIALS
+    for tokens in (256, 1000, 3072):
+        for parts in range(1, 17):
+            size = search.size_of_part(tokens, parts)
+            assert size == 0 or tokens - parts * size <= tokens / search.LOST
+
+
+def test_a_run_whose_memory_shrinks_again_goes_on_smaller():
+    card = Card(30000)
+
+    def run(size):
+        if len(card.ran) == 2:
+            card.most = 5000
+        return card.run(size)
+
+    found = search.fitting(run, card.trial, 65536, 128)
+    assert 4000 < found <= 5000 and card.ran == [65536, 32768, 21840, found]
+
+
+def test_a_third_that_fits_trains_on_all_tokens(memory, tmp_path):
+    memory.most = 300
+    folder = run(tmp_path / "run", "4steps", microbatch_tokens=768, batch_tokens=1536, ramp_fraction=0.0)
+    assert header(folder) == [256] and memory.tried[:4] == [768, 384, 192, 256]
+    assert [row["microbatches"] for row in rows(folder)] == [6] * 4
+
+
+def test_heldout_batches_are_no_larger_and_hold_the_same_sequences(fake_text):
+    config = small_config(microbatch_tokens=256, heldout_tokens=1024)
+    whole = feed.heldout_batches(config, None, torch.device("cpu"))
+    small = feed.heldout_batches(config, None, torch.device("cpu"), 64)
+    assert len(small) >= 4 * len(whole) and all(len(batch.ids_N) <= 64 for batch in small)
+    assert sum(batch.tokens for batch in small) == sum(batch.tokens for batch in whole)
+    assert all(batch.cu_seqlens[0] == 0 and batch.cu_seqlens[-1] == batch.tokens for batch in small)
+    torch.manual_seed(0)
+    model = Encoder(config.model)
+    for one, other in zip(feed.evaluate(model, whole), feed.evaluate(model, small), strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    assert same_batches(whole, feed.heldout_batches(config, None, torch.device("cpu"), 256))
+
+
+def same_batches(a, b) -> bool:
+    return len(a) == len(b) and all(torch.equal(x.ids_N, y.ids_N) for x, y in zip(a, b, strict=True))
+
+
+def test_evaluation_fits_where_training_does(memory, tmp_path):
+    sizes = []
+    plain = Encoder.masked_hidden
+
+    def masked_hidden(model, batch):
+        sizes.append(len(batch.ids_N))
+        return plain(model, batch)
+
+    memory.most = 256
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "masked_hidden", masked_hidden)
+        run(tmp_path / "run", "3steps", microbatch_tokens=512)
+    assert max(size for size in sizes if size not in (512,)) <= 256 and sizes[-1] <= 256
+
+
+def test_the_processes_exchange_before_anything_is_captured(fake_text, monkeypatch, tmp_path):
+    order = []
+
+    class Pair(Team):
+        def connect(self, device):
+            order.append(f"exchange on {device}")
+
+    monkeypatch.setattr(train, "graph_choice", lambda config: (True, "rehearsed"))
+    monkeypatch.setattr(train, "capture_graph", lambda work: order.append("capture") or work)
+    run(tmp_path / "run", "1steps", team=Pair())
+    assert order == ["exchange on cpu", "capture"]
+
+
+def test_the_exchange_is_a_sum_of_one_number_on_the_runs_device(monkeypatch):
+    sums, waited = [], []
+    processes = Processes.__new__(Processes)
+    processes.wait = lambda work, device: waited.append((work, device))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values, async_op: sums.append(values) or "work")
+    processes.connect(torch.device("cpu"))
+    assert sums[0].shape == (1,) and waited == [("work", torch.device("cpu"))]

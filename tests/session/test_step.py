@@ -53,6 +53,32 @@ def model_and_optimizer(
     return model, kind(FlatParameters(model, dtype), **(options | changes))
 
 
+# What an update weighs
+
+
+@pytest.mark.parametrize("encoder", [Encoder, Discriminator])
+def test_every_target_of_an_update_weighs_the_same(encoder):
+    """The update of a whole microbatch and the short one that ends an epoch is that of all their targets."""
+    whole = random_batch()
+    short = dataclasses.replace(whole, target_M=whole.target_M.where(torch.arange(len(whole.target_M)) < 3, -100))
+    model, optimizer = model_and_optimizer(encoder=encoder)
+    passes, counts = Microbatch(model, optimizer, Clock(torch.device("cpu"))), []
+    for batch in (whole, short, whole):
+        passes.run(batch)
+        counts.append(int((batch.target_M >= 0).sum()))
+    assert counts[1] == 3 < counts[0] == len(whole.target_M)
+    assert passes.weight.item() == pytest.approx(2 + 3 / counts[0])
+    alone, plain = model_and_optimizer(encoder=encoder)
+    parts = [
+        count / sum(counts) * alone.loss(batch) for batch, count in zip((whole, short, whole), counts, strict=True)
+    ]
+    torch.stack(parts).sum().backward()
+    assert (passes.loss_sum / passes.weight).item() == pytest.approx(sum(parts).item(), rel=1e-6)
+    torch.testing.assert_close(optimizer.flat.grad / passes.weight, plain.flat.grad, rtol=1e-5, atol=1e-7)
+    passes.clear()
+    assert passes.weight.item() == passes.loss_sum.item() == 0
+
+
 # Figures read late
 
 
@@ -277,8 +303,8 @@ def test_a_replay_reads_its_own_buffers():
 class FakeCuda:
     """torch.cuda as capture_graph uses it, with a diary."""
 
-    def __init__(self, ending: Exception | None = None):
-        self.diary, self.ending, self.current = [], ending, "main"
+    def __init__(self, ending: Exception | None = None, free: int = 500):
+        self.diary, self.ending, self.current, self.free = [], ending, "main", free
 
     def Stream(self):
         return self
@@ -291,9 +317,29 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def stream(self, stream):
-        self.current = "side"
-        yield
-        self.current = "main"
+        before, self.current = self.current, "side"
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def synchronize(self):
+        pass
+
+    def empty_cache(self):
+        pass
+
+    def reset_peak_memory_stats(self):
+        pass
+
+    def memory_reserved(self):
+        return 1000
+
+    def max_memory_reserved(self):
+        return 1500
+
+    def mem_get_info(self):
+        return self.free, 10**9
 
     def CUDAGraph(self):
         return self
@@ -302,14 +348,15 @@ class FakeCuda:
         self.diary.append("replay")
 
     @contextlib.contextmanager
-    def graph(self, graph):
-        self.current = "capture"
+    def graph(self, graph, stream):
+        """As torch/cuda/graphs.py: the stream is given back only after an ending that does not raise."""
+        before, self.current = self.current, "capture"
         try:
             yield
         finally:
-            self.current = "main"
             if self.ending:
                 raise self.ending
+            self.current = before
 
 
 def test_a_capture_is_warmed_up_on_a_side_stream(monkeypatch):
@@ -320,7 +367,8 @@ def test_a_capture_is_warmed_up_on_a_side_stream(monkeypatch):
 
 
 @pytest.mark.parametrize("ending", [None, RuntimeError("capture invalidated")])
-def test_memory_that_runs_out_in_a_capture_is_told_as_such(monkeypatch, ending):
+def test_memory_that_runs_out_in_a_capture_ends_the_run_with_a_remedy(monkeypatch, ending):
+    """Torch's allocator stays in the capture, so no smaller batch is tried in this process; the stream comes back."""
     cuda = FakeCuda(ending)
     monkeypatch.setattr(microbatch.torch, "cuda", cuda)
 
@@ -328,14 +376,37 @@ def test_memory_that_runs_out_in_a_capture_is_told_as_such(monkeypatch, ending):
         if cuda.current == "capture":
             raise torch.OutOfMemoryError("too large")
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(UserError, match=r"while the CUDA graph was captured.*--resume.*--microbatch-tokens"):
         capture_graph(work)
+    assert cuda.current == "main"
+
+
+def test_a_capture_without_room_is_not_begun(monkeypatch):
+    """The warm-up took 500 bytes, op by op, where running out can be tried again with less."""
+    cuda = FakeCuda(free=499)
+    monkeypatch.setattr(microbatch.torch, "cuda", cuda)
+    with pytest.raises(torch.OutOfMemoryError, match="takes 500 bytes, and 499 are free"):
+        capture_graph(lambda: cuda.diary.append(cuda.current))
+    assert cuda.diary == ["wait", "side", "side", "wait"] and cuda.current == "main"
+
+
+def test_memory_that_runs_out_in_the_warm_up_can_be_tried_again(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr(microbatch.torch, "cuda", cuda)
+
+    def work():
+        raise torch.OutOfMemoryError("too large")
+
+    with pytest.raises(torch.OutOfMemoryError, match="too large"):
+        capture_graph(work)
+    assert cuda.current == "main"
 
 
 def test_what_cannot_be_captured_is_an_error_with_a_remedy(monkeypatch):
     monkeypatch.setattr(microbatch.torch, "cuda", FakeCuda(RuntimeError("operation not permitted\nmore")))
     with pytest.raises(UserError, match=r"\(operation not permitted\) — use --graph off"):
         capture_graph(lambda: None)
+    assert torch.cuda.current == "main"
 
 
 def test_graph_choice_says_why(monkeypatch):
@@ -344,6 +415,8 @@ def test_graph_choice_says_why(monkeypatch):
     with pytest.raises(UserError, match="only a GPU"):
         graph_choice(small_config(graph="on"))
     on_gpu = small_config(device="cuda", dtype="float16")
+    assert graph_choice(on_gpu)[0], "the floor waits for nothing, on any card"
+    monkeypatch.setitem(dispatch._overrides, ("attention", "cuda"), "reference")
     captured, reason = graph_choice(on_gpu)
     assert not captured and "attention" in reason
     with pytest.raises(UserError, match=r"attention .* — use --graph auto"):

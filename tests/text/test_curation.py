@@ -348,7 +348,7 @@ def test_impossible_values_are_one_line(tmp_path, monkeypatch, capsys, flag, val
     [
         ({"min_letters": 1.0}, r"no text of 3 documents left by --curation"),
         ({"duplicates": "exact"}, r"a single document of 3 documents left by --curation"),
-        ({"max_tokens_per_char": 0.01}, r"loosen --curation, which dropped 3 of 3"),
+        ({"max_tokens_per_char": 0.01}, r"\(--curation dropped 3 of 3\) — add documents, or loosen --curation"),
     ],
 )
 def test_a_curation_that_leaves_too_little_says_so(tmp_path, values, message):

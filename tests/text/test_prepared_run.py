@@ -32,6 +32,20 @@ def asked(data, *flags):
     return parse(["--preset", "tiny", "--device", "cpu", "--data", str(data), *flags])
 
 
+def test_a_run_reads_as_it_is_told_and_a_prepared_folder_keeps_that(tmp_path, capsys):
+    texts = (tmp_path / "a.txt", tmp_path / "notes.train")
+    write_text(texts[0])
+    texts[1].write_bytes(texts[0].read_bytes().replace(b"be", "bé".encode("latin-1")))
+    flags = ("--format", "text", "--encoding", "latin-1", "--skip-malformed", "3")
+    config = asked(texts[1], *flags).config
+    assert (config.format, config.encoding, config.skip_malformed) == ("text", "latin-1", 3)
+    prepared, _ = stages.prepare_text(config)
+    assert stages.as_prepared(asked(prepared)).encoding == "latin-1"
+    assert "encoding=latin-1, skip_malformed=3, and stays so" in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(UserError, match="skip_malformed=-1 is not possible"):
+        asked(texts[1], "--skip-malformed", "-1")
+
+
 def test_a_vocabulary_larger_than_the_presets_is_said_with_its_price(tmp_path, capsys):
     data = write_text(tmp_path / "a.txt")
     small = ("--model.vocab-size", "64")

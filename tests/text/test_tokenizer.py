@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -10,22 +11,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from cramfast.errors import UserError
+from cramfast.text.census import Census
+from cramfast.text.kmers import AMINO_ACIDS, NUCLEOTIDES, Kmers
+from cramfast.text.learning import LEARNED_FROM, Learned, is_dump, to_learn_from
+from cramfast.text.lost import described, lost_characters, suitable
+from cramfast.text.specials import FIRST_WORD, SPECIAL_TOKENS, UNK
+from cramfast.text.spelling import KEPT, ascii_of, normalizer
 from cramfast.text.tokenizer import (
-    FIRST_WORD,
-    LONG_OF_BPE,
-    LONG_OF_WORDPIECE,
-    PIECE,
+    LONGEST_WORD,
     SPACES,
-    SPECIAL_TOKENS,
-    UNK,
-    _without_excess,
     _words_to_learn,
-    ascii_of,
     load_tokenizer,
-    lost_share,
     train_tokenizer,
     word_count,
     wordpiece,
@@ -63,13 +62,175 @@ def test_wordpiece_is_lower_cased_ascii():
 def test_characters_without_a_token_are_counted(kind, expected):
     texts = ["Hello, café “world” – it’s 17.", "Привет, мир 17.", "Ж" * 1000, " \n"]
     tokenizer = train_tokenizer(texts[:2], kind, 512)
-    assert [lost_share(tokenizer, [text]) for text in texts] == expected
+    assert [lost_characters(tokenizer, [text]).share for text in texts] == expected
 
 
-def test_byte_level_gives_any_text_back():
+def without_letters_outside_ascii(texts):
+    """WordPiece that was given: accents are folded, all else outside ASCII is dropped."""
+    tokenizer = train_tokenizer(texts, "wordpiece", 512)
+    steps = [normalizers.NFKD(), normalizers.Lowercase(), normalizers.Replace(Regex("[^\\x20-\\x7E]+"), "")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    return Tokenizer.from_str(tokenizer.to_str())
+
+
+ENGLISH = "The committee published its report in March, and the minister answered. "
+RUSSIAN = "Комитет опубликовал свой отчёт в марте, и министр ответил через неделю. "
+
+
+def test_a_letter_dropped_inside_a_word_is_lost():
+    text = "smørrebrød på øerne"  # 17 letters, three of them ø; å is a with an accent
+    given = without_letters_outside_ascii(TEXTS)
+    assert lost_characters(given, [text]).share == pytest.approx(3 / 17)
+    assert lost_characters(given, [text]).counts == {"ø": 3}
+    own = train_tokenizer(TEXTS, "wordpiece", 512)
+    assert lost_characters(own, [text]).share == 0 and own.normalizer.normalize_str(text) == "smorrebrod pa oerne"
+
+
+def seen(text):
+    return len("".join(text.split()))
+
+
+@pytest.mark.parametrize(
+    "make", [without_letters_outside_ascii, lambda texts: train_tokenizer(texts, "wordpiece", 512)]
+)
+def test_every_character_of_a_text_counts_alike(make):
+    """Russian after the first 500 characters of each document; in the longest 40 of 4,040 documents."""
+    tokenizer = make([ENGLISH])
+    start, end = (ENGLISH * 20)[:510], (RUSSIAN * 40)[:2000]
+    cyrillic = sum(not c.isascii() for c in end)
+    expected = cyrillic / (seen(start) + seen(end))
+    assert 0.75 < expected < 0.81
+    assert lost_characters(tokenizer, [start + end] * 300).share == pytest.approx(expected)
+    short, long = ENGLISH.strip(), RUSSIAN * 60
+    cyrillic = sum(not c.isascii() for c in long)
+    expected = 40 * cyrillic / (4000 * seen(short) + 40 * seen(long))
+    assert 0.30 < expected < 0.45
+    assert lost_characters(tokenizer, [short] * 4000 + [long] * 40).share == pytest.approx(expected)
+
+
+def test_the_commonest_lost_characters_are_named_and_never_control_a_terminal():
+    own = train_tokenizer(TEXTS, "wordpiece", 512)
+    lost = lost_characters(own, ["жжж яя 日本本 a\x1b[31m \u202e \ue000 b"])
+    assert lost.commonest(3) == [("ж", 3 / 15), ("я", 2 / 15), ("本", 2 / 15)]
+    names = [described(*each) for each in lost.commonest()]
+    assert names[0].startswith("ж U+0436 ") and not any(c in "".join(names) for c in "\x1b\u202e\ue000")
+    assert any(name.startswith("U+E000 ") for name in names)
+
+
+def test_words_that_a_given_vocabulary_cannot_spell_are_lost_whole():
+    parts = json.loads(without_letters_outside_ascii(TEXTS).to_str())
+    parts["normalizer"], parts["pre_tokenizer"] = None, {"type": "BertPreTokenizer"}
+    given = Tokenizer.from_str(json.dumps(parts))
+    assert lost_characters(given, ["the dog", "naïve dog"]).share == pytest.approx(5 / 14)
+    assert lost_characters(given, ["the Dog"]).counts == {"D": 1, "o": 1, "g": 1}
+
+
+SPELLED = {
+    "Straße, Größe, ẞ": "strasse, grosse, ss",
+    "Smørrebrød, Ærø, cœur, Þór, það": "smorrebrod, aero, coeur, thor, thad",
+    "Łódź, ışık, İzmir, Đorđe": "lodz, isik, izmir, dorde",
+    "5 µg, 5 μg": "5 ug, 5 ug",
+    "½, 2½ cups": " 1/2, 2 1/2 cups",
+    "10⁻⁶ m², x¹⁰": "10^-6 m^2, x^10",
+    "H₂O, CO₂": "h2o, co2",
+    "a ≠ b, a =\u0338 b": "a != b, a != b",
+    "≥ 5, ≤ 3, ± 2, 3 × 4, 6 ÷ 2": ">= 5, <= 3, +- 2, 3 x 4, 6 / 2",
+    "TNFα, β-Ωσς": "tnfalpha, beta-omegasigmasigma",
+    "€5 £3 §12 37 °C": "€5 £3 §12 37 °c",
+    "“q” – ‘r’ — … «s»": '"q" - \'r\' - ... "s"',
+    "→ ∞ © ｗｉｄｅ ﬁ": "-> infinity (c) wide fi",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), SPELLED.items())
+def test_what_ascii_can_spell_is_spelled(text, expected):
+    own = train_tokenizer([*TEXTS, *SPELLED], "wordpiece", 512)
+    assert normalizer().normalize_str(text) == expected
+    assert lost_characters(own, [text]).share == 0
+    assert own.decode(own.encode(text).ids).replace(" ", "") == expected.replace(" ", "")
+    assert UNK not in own.encode(text).ids
+
+
+def test_signs_that_stay_are_tokens_of_their_own():
+    own = train_tokenizer(TEXTS, "wordpiece", 512)
+    tokens = own.encode("dog€dog §dog12° ₿", add_special_tokens=False).tokens
+    assert [token for token in tokens if token in KEPT] == ["€", "§", "°", "₿"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("wordpiece", ENGLISH), ("wordpiece", "Größe und Fluß"), ("bpe", RUSSIAN), ("bpe", "अंग्रेज़ी"), ("bpe", "ACGT" * 99),
+     ("bpe", "Đây là tiếng Việt nhiều thanh"), ("bpe", "αβγδ"), ("wordpiece", ENGLISH + "µ β ≤ €")],
+)  # fmt: skip
+def test_auto_takes_byte_level_where_ascii_cannot_spell(kind, text):
+    assert suitable(Census.of([text]))[0] == kind
+
+
+def test_byte_level_gives_any_text_back_in_composed_form():
     tokenizer = train_tokenizer(TEXTS, "bpe", 512)
     for text in ("Größe 日本語 🙂 — İstanbul\t\n  x", "\x00\x1f weird\u2028line", "  leading and trailing  "):
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+        assert tokenizer.decode(tokenizer.encode(text).ids).removeprefix(" ") == text.removeprefix(" ")
+    assert tokenizer.encode("Vie\u0302\u0323t").ids == tokenizer.encode("Việt").ids
+
+
+# Syllables of each script, of which words are made.
+SCRIPTS = {
+    "Hindi": ("कि ने में का हिं दी भा षा रा ज्य सं घ क्षे त्र", " "),
+    "Tamil": ("த மி ழ் மொ ழி பே சு கி றே ன் நா டு", " "),
+    "vocalised Arabic": ("كَ تَ بَ مُ دَ رِّ سَ ةٌ قَ لَ مٌ", " "),
+    "decomposed Vietnamese": ("tie\u0302\u0301 ng vie\u0323\u0302 t nu\u031b\u0301 ho\u0301 a", " "),
+    "Persian": ("می‌ خوا هم نِ می شو د", " "),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_words_with_marks_become_tokens(script):
+    syllables, between = SCRIPTS[script]
+    rng = random.Random(0)
+    words = ["".join(rng.choices(syllables.split(), k=rng.randint(1, 4))) for _ in range(150)]
+    texts = [between.join(rng.choices(words, k=12)) for _ in range(400)]
+    tokenizer = train_tokenizer(texts, "bpe", 2048)
+    tokens = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    assert tokens <= 1.05 * 12 * 400
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "ภา ษา ไท ย ประ เท ศ น้ำ ที่",
+        "ພາ ສາ ລາ ວ ປະ ເທດ ນ້ຳ",
+        "ភា សា ខ្មែ រ ប្រ ទេ ស",
+        "中 文 语 言 国 家 学 习",
+        "日 本 語 で す か ひ ら",
+    ],
+)
+def test_scripts_without_spaces_learn_pieces_inside_runs(script):
+    rng = random.Random(0)
+    words = ["".join(rng.choices(script.split(), k=rng.randint(2, 3))) for _ in range(40)]
+    texts = ["".join(rng.choices(words, k=rng.choice((9, 60, 200)))) for _ in range(300)]
+    tokenizer = train_tokenizer(texts, "bpe", 2048)
+    pieces = [tokenizer.decode([i]) for i in range(FIRST_WORD, word_count(tokenizer))]
+    assert max(map(len, pieces)) <= 32 and not any("\ufffd" in piece for piece in pieces[300:])
+    assert sum(word in pieces for word in words) > 20
+    characters, tokens = (sum(map(len, each)) for each in (texts, map(tokenizer.encode, texts)))
+    assert characters / tokens > 3
+    assert_same_ids(tokenizer, texts[:20])
+
+
+def test_numbers_are_cut_into_groups_of_three():
+    tokenizer = train_tokenizer([f"in {n} and {n * 7919}" for n in range(1000, 9999)], "bpe", 4096)
+    assert tokenizer.encode("in 1234567", add_special_tokens=False).tokens == ["Ġin", "Ġ123", "456", "7"]
+
+
+def test_a_mask_takes_the_space_before_it_and_words_one_by_one_are_those_of_a_sentence(tokenizer):
+    sentence = "The red dog isn't as lazy."
+    ids = tokenizer.encode(sentence).ids
+    words = ["The", "red", "dog", "isn't", "as", "lazy", "."]
+    assert tokenizer.encode(words, is_pretokenized=True).ids == ids
+    dog = tokenizer.encode("The red dog", add_special_tokens=False).ids[len(tokenizer.encode("The red").ids) - 2 :]
+    masked = tokenizer.encode("The red [MASK] isn't as lazy.").ids
+    place = next(i for i in range(len(ids)) if ids[i : i + len(dog)] == dog)
+    assert masked == [*ids[:place], 4, *ids[place + len(dog) :]]
 
 
 PROGRAM = """
@@ -115,7 +276,10 @@ PHRASES = st.lists(
     st.sampled_from(["The", " quick", "fox", " dog's", " ", "  ", "\n", "isn't", "(", ",", " 37", ".", "é", "—"]),
     max_size=12,
 ).map("".join)
-AWKWARD = st.text(alphabet=st.sampled_from("ab1Z'.,-_ \t\n\r\x00\x0b\x85\xa0é́ß日\u2028\u3000’—İΣ٣²"), max_size=40)
+AWKWARD = st.text(
+    alphabet=st.sampled_from("ab1Z'.,-_ \t\n\r\x00\x0b\x85\xa0é\u0301ß日\u2028\u3000’—İΣ٣²⁻⁶½≠=\u0338∈€°\uffffि\u200d"),
+    max_size=40,
+)
 
 
 @settings(max_examples=400, deadline=None)
@@ -128,10 +292,10 @@ def test_word_cache_gives_the_ids_of_the_tokenizer(tokenizer_pair, texts):
 @settings(max_examples=400, deadline=None)
 @given(st.one_of(PHRASES, AWKWARD, st.text(max_size=30)))
 def test_training_sees_what_the_normalizer_makes(text):
-    assert ascii_of(text).lower().translate(SPACES) == wordpiece({}).normalizer.normalize_str(text)
+    assert ascii_of(text).lower().translate(SPACES) == normalizer().normalize_str(text)
 
 
-@pytest.mark.parametrize("text", ["a" * 100, "b" * 101, f"é{'Xy3' * 70}-{'z' * 250}. {'q' * 103} end", "'" * 120])
+@pytest.mark.parametrize("text", ["a" * 100, "b" * 101, f"é{'Xy3' * 70}-{'z' * 250}. {'q' * 103} € 5° end", "'" * 120])
 def test_training_sees_the_words_of_the_tokenizer(text):
     full = wordpiece({})
     expected = full.pre_tokenizer.pre_tokenize_str(full.normalizer.normalize_str(text))
@@ -209,20 +373,19 @@ def genome_pair():
     return [train_tokenizer([*TEXTS, "".join(letters)], kind, 1024) for kind in KINDS]
 
 
-def test_a_word_of_a_hundred_letters_stays_whole_and_a_longer_one_becomes_pieces(tokenizer):
-    """The ids of ordinary text are those of the same vocabulary without the cut."""
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.pre_tokenizer = (
-        pre_tokenizers.BertPreTokenizer() if plain.normalizer else pre_tokenizers.ByteLevel(add_prefix_space=False)
-    )
-    hundred = "é🙂ab dog " + "🙂" * 100 + " " + "tokenizer" * 11 + "x the dog, " * 3
-    for text in (*TEXTS, hundred):
-        assert tokenizer.encode(text).ids == plain.encode(text).ids
-    genome = "acgtgatta" * 100
-    ids = tokenizer.encode(genome, add_special_tokens=False).ids
-    pieces = [genome[i : i + PIECE] for i in range(0, 900, PIECE)]
-    assert ids == [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False).ids]
-    assert UNK not in ids and lost_share(tokenizer, [genome]) == 0
+def test_the_length_of_a_run_does_not_decide_its_pieces(genome_pair):
+    sequence = "".join(np.random.default_rng(3).choice(list("ACGT"), 5000))
+    for tokenizer in genome_pair:
+        whole = tokenizer.encode(sequence, add_special_tokens=False)
+        hundred = tokenizer.encode(sequence[:LONGEST_WORD], add_special_tokens=False).ids
+        assert whole.ids[: len(hundred)] == hundred and UNK not in whole.ids
+        rates = [
+            n * len(starts) / sum(len(tokenizer.encode(sequence[i : i + n], add_special_tokens=False)) for i in starts)
+            for n in (70, 101, 500)
+            for starts in [range(0, 4500, 100)]
+        ]
+        assert max(rates) < 1.1 * min(rates)
+        assert lost_characters(tokenizer, [sequence]).share == 0
 
 
 def test_stock_transformers_cuts_long_words_alike(tmp_path, genome_pair):
@@ -236,9 +399,106 @@ def test_stock_transformers_cuts_long_words_alike(tmp_path, genome_pair):
         assert AutoTokenizer.from_pretrained(tmp_path / kind)(text)["input_ids"] == tokenizer.encode(text).ids
 
 
-def test_only_words_that_are_cut_are_learnt_from_in_part():
-    chinese = "大家好，" * 300_000
-    for kind, words in (("wordpiece", LONG_OF_WORDPIECE), ("bpe", LONG_OF_BPE)):
-        assert list(_without_excess([chinese, "a" * 100], words)) == [chinese, "a" * 100], kind
-        cut = list(_without_excess(["acgt" * 400_000, "acgt" * 400_000 + " end"], words))
-        assert [len(text) for text in cut] == [1_600_000, 400_004], kind
+def test_of_runs_of_letters_a_part_is_learnt_from_and_that_is_counted():
+    chinese, learned = "大家好，" * 300_000, Learned()
+    assert list(to_learn_from([chinese, "a" * 100], learned)) == [chinese, "a" * 100] and learned.note() == ""
+    learned = Learned()
+    cut = list(to_learn_from(["acgt" * 400_000, "acgt" * 400_000 + " end"], learned))
+    assert [len(text) for text in cut] == [1_600_000, LEARNED_FROM - 1_600_000 + 4]
+    assert learned.runs == 1_200_000 and learned.note().startswith("37.5% (runs of over 100 letters")
+
+
+@pytest.mark.parametrize(
+    ("stretch", "expected"),
+    [
+        (hashlib.sha256(b"a").hexdigest(), True),
+        (hashlib.md5(b"a").hexdigest(), True),
+        ("U29tZSB0ZXh0IHRoYXQgd2FzIGVuY29kZWQgaW4gYmFzZTY0IGZvciBtYWls", True),
+        ("ACGT" * 30, False),
+        ("Donaudampfschifffahrtselektrizitaetenhauptbetriebswerk", False),
+        ("usr/lib/python3/dist-packages/some_module/some_file", False),
+        ("12345678901234567890123456789012345678901234", False),
+        ("https_www_example_org_2024_A_Long_Title_Of_A_Page", False),
+    ],
+)
+def test_dumps_are_told_from_words(stretch, expected):
+    assert is_dump(stretch) == expected
+    text = f"see {stretch} there"
+    assert list(to_learn_from([text], Learned())) == ["see there" if expected else text]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_of_dumps_alone_is_learnt_from(kind):
+    texts, learned = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(300)], Learned()
+    tokenizer = train_tokenizer(texts, kind, 1024, learned)
+    assert word_count(tokenizer) > 512 and learned.note() == ""
+
+
+SEQUENCE = st.text(alphabet=st.sampled_from("acgtACGTuNn \n-*5é"), max_size=60)
+CUTTINGS = [Kmers(letters, k, overlapping) for letters, k, overlapping in
+            ((NUCLEOTIDES, 1, False), (NUCLEOTIDES, 3, False), (NUCLEOTIDES, 2, True), (NUCLEOTIDES, 4, True),
+             (AMINO_ACIDS, 1, False), (AMINO_ACIDS, 2, True))]  # fmt: skip
+
+
+@pytest.mark.parametrize("kmers", CUTTINGS, ids=str)
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(SEQUENCE, max_size=4))
+def test_kmers_are_those_of_the_stock_tokenizer(kmers, texts):
+    tokenizer = kmers.tokenizer()
+    assert Kmers.of(tokenizer) == kmers
+    ids, lengths = WordCache(tokenizer).encode(texts)
+    plain = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    assert lengths.tolist() == list(map(len, plain)) and ids.tolist() == [i for row in plain for i in row]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("kmer", "ACGTACGTAC", ["acgtac", "g", "t", "a", "c"]),
+        ("kmer:3", "acg TAN\nUcg", ["acg", "t", "a", "n", "tcg"]),
+        ("kmer:3:overlapping", "ACGTANACCC", ["acg", "cgt", "gta", "n", "acc", "ccc"]),
+        ("kmer:3:overlapping", "AC", ["a", "c"]),
+    ],
+)
+def test_kmers_of_a_sequence_whatever_its_lines_and_its_case(name, text, expected):
+    tokenizer = train_tokenizer(["ACGTN" * 100], name, 512)
+    assert tokenizer.encode(text).tokens == ["[CLS]", *expected, "[SEP]"]
+    assert [tokenizer.id_to_token(i) for i in range(FIRST_WORD)] == list(SPECIAL_TOKENS)
+    assert tokenizer.get_vocab_size() % 64 == 0
+    assert lost_characters(tokenizer, ["ACGT-N*", "é5"]).counts == {"é": 1, "5": 1}
+
+
+def test_kmers_that_no_vocabulary_holds_are_refused_and_proteins_are_single_letters():
+    with pytest.raises(UserError, match=r"kmer:6' has 64,000,000 entries for 20 letters — use kmer:4 or less"):
+        train_tokenizer(["MKVLAAGWERTY"], "kmer:6", 512)
+    assert train_tokenizer(["MKVLAAGWERTY"], "kmer", 512).encode("MKV").tokens == ["[CLS]", "m", "k", "v", "[SEP]"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "kmer:3", "kmer:3:overlapping"])
+def test_stock_transformers_reads_the_same_ids(tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    texts = [
+        *TEXTS,
+        *SPELLED,
+        "The red [MASK] dog.",
+        "[MASK]",
+        "acgt acgtnacgu",
+        *(words for words, _ in SCRIPTS.values()),
+    ]
+    tokenizer = train_tokenizer(["ACGT" * 50] if "kmer" in kind else texts, kind, 1024)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    stock = AutoTokenizer.from_pretrained(tmp_path)
+    assert stock(texts)["input_ids"] == [tokenizer.encode(text).ids for text in texts]
+    stock.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again(texts)["input_ids"] == [tokenizer.encode(text).ids for text in texts]
+    words = ["The", "red", "dog", "isn't", "as", "lazy", "as", "that", "."]
+    if kind in KINDS:
+        assert (
+            stock(words, is_split_into_words=True)["input_ids"]
+            == tokenizer.encode("The red dog isn't as lazy as that.").ids
+        )
