@@ -198,7 +198,8 @@ class TrainConfig:
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch, or gives each process of torchrun its share of the cores."""
     kernels: tuple[str, ...] = ()
-    """OPERATOR=IMPLEMENTATION in place of what is chosen, as attention=flash_attn; cramfast.doctor lists them."""
+    """OPERATOR=IMPLEMENTATION in place of what is chosen, as attention=flash_attn; cramfast.doctor lists them. On a GPU
+    auto=stock leaves the others to stock PyTorch; else what this card has shown to be right and faster replaces it."""
     eval_interval: float = 300.0
     """Seconds of training between held-out evaluations; they cost no budget."""
     heldout_tokens: int = 131072

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,10 @@ import cramfast.kernels
 from cramfast.errors import UserError, command
 from cramfast.kernels import cuda_build, dispatch, extension, reference
 from cramfast.kernels.cases import CASES, Case, Inputs
+from cramfast.qualify import resolve
+from cramfast.qualify.verdict import settle
+from cramfast.recipes import resolve as resolve_config
+from cramfast.recipes import starting_config
 from cramfast.runtime.arguments import program
 from cramfast.session import kernelchoice
 
@@ -297,6 +301,33 @@ class Arguments:
     """Device whose operators are shown and checked."""
     kernels: tuple[str, ...] = ()
     """OPERATOR=IMPLEMENTATION to show and check instead of the one chosen, as attention=flash_attn."""
+    qualify: bool = False
+    """Try every implementation on this GPU first, anew and in a process of its own, and keep the verdicts for runs."""
+    preset: str | None = None
+    """Size whose widths, heads, vocabulary and lengths --qualify takes: tiny, mini, small or base."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Storage of matrices and activations that --qualify takes; auto: what a run would choose."""
+    seconds: float = 300.0
+    """What --qualify may take; a run's own trial stops after 60."""
+
+
+def qualify(arguments: Arguments, device: str) -> None:
+    """Try the implementations, settle the verdicts in this process and print a line for each operator.
+
+    Raises:
+        UserError: there is no GPU, or no such preset.
+    """
+    config = starting_config(arguments.preset, None, device)
+    config = resolve_config(replace(config, device=device, dtype=arguments.dtype, kernels=arguments.kernels))
+    if not resolve.needed(config):
+        raise UserError(
+            "--qualify: a CPU runs our C++ kernels untried — leave it out, or run it where torch sees a GPU"
+        )
+    outcome = resolve.of_card(config, None, arguments.seconds, anew=True)
+    settle(list(outcome.verdicts), device, getattr(torch, config.dtype))
+    print(f"qualified for preset {config.preset} in {config.dtype}:")
+    for line in resolve.lines(outcome):
+        print(f"  {line}")
 
 
 def main() -> None:
@@ -311,6 +342,8 @@ def main() -> None:
         raise UserError("--device cuda: torch sees no GPU — leave --device out to see what is missing")
     device = default_device() if device == "auto" else device
     kernelchoice.override(arguments.kernels, device)
+    if arguments.qualify:
+        qualify(arguments, device)
     console = Console()
     console.width = max(console.width, NARROWEST)
     _print_pairs(console, "Machine", machine())

@@ -14,6 +14,7 @@ from cramfast.cost.roofline import parameter_count
 from cramfast.errors import UserError
 from cramfast.hf import demo
 from cramfast.pages.numbers import short, span
+from cramfast.qualify import resolve
 from cramfast.runtime.distributed import Team
 from cramfast.runtime.progress import Stages
 from cramfast.session import checkpoint, kernelchoice
@@ -25,27 +26,42 @@ from cramfast.text.tokenizer import is_trained
 
 
 def choose_kernels(config: TrainConfig, followed: Path | None = None) -> None:
-    """Take the implementations that the config asks for; print one line per operator: what runs, and why.
-
-    Where the run goes on with another or repeats it (`followed`), say what ran on something else there.
+    """Take the implementations that the config asks for, and print what runs; on a GPU, where the others are still to
+    be tried on the run's own text (qualify_kernels), only take them.
 
     Raises:
         UserError: an operator or implementation that does not exist, or cannot run on this device in this dtype.
     """
     kernelchoice.override(config.kernels, config.device)
-    chosen = kernelchoice.choices(config)
-    for choice in chosen:
+    for choice in kernelchoice.choices(config):
         if choice.obstacle:
             raise UserError(f"--kernels {choice.op}={choice.implementation} is not possible: {choice.obstacle}")
+    if not resolve.needed(config):
+        print_kernels(config, followed)
+
+
+def qualify_kernels(request: Request, config: TrainConfig, prepared: Path, team: Team) -> None:
+    """Settle what was not asked for, in the run's folder, by its record or a trial on this card; print what runs.
+
+    Raises:
+        UserError: the processes' cards differ, or the run's record is damaged.
+    """
+    resolve.resolve(config, request.run_dir, prepared, request.replay, team)
+    if resolve.needed(config):
+        print_kernels(config, request.run_dir if request.resuming else request.replay)
+
+
+def print_kernels(config: TrainConfig, followed: Path | None = None) -> None:
+    """One line per operator: what runs, and why; one for the graph.
+
+    Where the run goes on with another or repeats it (`followed`), say what ran on something else there.
+    """
+    chosen = kernelchoice.choices(config)
     print(f"kernels on {config.device}, {config.dtype}, {torch.get_num_threads()} threads:")
     for choice in chosen:
         print(f"  {choice.op:<14} {choice.implementation:<10} {choice.reason}", flush=True)
     if followed and (changed := kernelchoice.changes(chosen, followed)):
         print(f"note: {followed} had {', '.join(changed)}: what follows is close to it, not equal bit for bit")
-
-
-def print_graph(config: TrainConfig) -> None:
-    """One line: whether microbatches are replayed from a CUDA graph, and why or why not."""
     captured, reason = graph_choice(config)
     print(f"  {'CUDA graph':<14} {'on' if captured else 'off':<10} {reason}", flush=True)
 

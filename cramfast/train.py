@@ -5,7 +5,7 @@ session() is the loop: microbatches -> flat gradient -> update, until the budget
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from cramfast.model.encoder import Encoder
 from cramfast.optim import schedule
 from cramfast.optim.adamw import STEADY_STEPS, AdamW, LossScale
 from cramfast.optim.make import make_optimizer
+from cramfast.qualify.watch import Watch
 from cramfast.runtime import distributed
 from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.runtime.distributed import ALONE, Team
@@ -76,6 +77,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
     ledger = Ledger(Clock(device, team))
     model, optimizer, microbatch = start(config, source, ledger.clock, team)
     progress, previous = restore(config, run_dir, optimizer, size, team)
+    watch = Watch(config, run_dir, prepared, model, optimizer, size, team)
     run = team.first(lambda: runfolder.describe(config, model, team.world)) | {"microbatch_tokens": size}
     lr_shape, fixed = schedule.SHAPES[config.schedule], {"model": to_json(config.model), "hash": config_hash(config)}
     pieces = round(config.microbatch_tokens / size)  # of a microbatch of the size that was asked for
@@ -121,7 +123,8 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
             ledger.add(Step(feed.position, tokens, flops, settings), loss_sum / weight, optimizer.verdict)
             if not ledger.due(budget, progress):
                 continue  # nothing so far has waited for the GPU, which works through what was enqueued
-            progress, row = settle(ledger, progress, log, run, previous)
+            progress, row = settle(ledger, progress, log, run, previous, watch.note)
+            watch.look(progress, previous)
             spent = budget.fraction(progress)
             display.step(row, spent, progress.seconds * max(0.0, 1 / spent - 1))
             if progress.seconds - evaluated >= config.eval_interval:
@@ -208,9 +211,11 @@ def restore(
 
 
 def settle(
-    ledger: Ledger, progress: Progress, log: MetricsLog, run: dict[str, Any], previous: Path | None
-) -> tuple[Progress, dict[str, Any]]:
-    """Wait for the device and write a row for each step since the last log point; progress, and the last row."""
+    ledger: Ledger, progress: Progress, log: MetricsLog, run: dict[str, Any], previous: Path | None,
+    note: Callable[[Progress], None] = lambda progress: None,
+) -> tuple[Progress, dict[str, Any]]:  # fmt: skip
+    """Wait for the device, write a row for each step since the last log point and `note` it; progress, and the last
+    row."""
     row, scaled = {}, run["dtype"] == "float16"
     for step, figures in ledger.read():
         progress = advance(progress, step.position, step.tokens, step.flops, figures.seconds, figures.skipped, scaled)
@@ -222,6 +227,7 @@ def settle(
             "mfu": step.flops / figures.seconds / run["matmul_peak_flops"],
         }  # fmt: skip
         log.row(row)
+        note(progress)
         stop_if_hopeless(progress, previous)
     return progress, row
 
@@ -275,7 +281,6 @@ def carry_out(request: Request, team: Team) -> None:
     keep_freed_memory()
     allow_half_accumulation(config.half_accumulation)
     stages.choose_kernels(config, request.run_dir if request.resuming else request.replay)
-    stages.print_graph(config)
     stages.print_team(config, team)
     budget = team.first(lambda: choose_budget(request))
     team.first(lambda: read_pairs(config))  # a fault is named before the text is prepared
@@ -284,6 +289,7 @@ def carry_out(request: Request, team: Team) -> None:
     with runfolder.locked(request.run_dir) if team.rank == 0 else nullcontext():
         team.first(lambda: runfolder.create(request.run_dir, config, prepared, request.replay))
         print(f"run folder {request.run_dir}", flush=True)
+        stages.qualify_kernels(request, fitted, prepared, team)
         if not train(fitted, request.run_dir, prepared, budget, team):
             print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}", flush=True)
             sys.exit(INTERRUPTED)

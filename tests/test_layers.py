@@ -18,7 +18,7 @@ FLOORS = (
     ("text",),
     ("batches",),
     ("session",),
-    ("cost", "hf"),
+    ("cost", "hf", "qualify"),
     ("recipes",),
     ("commandline",),
     ("prepare", "export", "report", "plan", "doctor"),

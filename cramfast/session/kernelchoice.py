@@ -9,6 +9,13 @@ from cramfast.errors import UserError
 from cramfast.kernels import dispatch
 from cramfast.session.record import read_record
 
+STOCK_ALONE = "auto=stock"  # among --kernels: what is not asked for by name is left to stock PyTorch, untried
+
+
+def stock_alone(pairs: tuple[str, ...]) -> bool:
+    """Whether nothing is to be qualified."""
+    return STOCK_ALONE in pairs
+
 
 def override(pairs: tuple[str, ...], device: str) -> None:
     """Take OPERATOR=IMPLEMENTATION pairs, as in --kernels, on a device.
@@ -17,6 +24,13 @@ def override(pairs: tuple[str, ...], device: str) -> None:
         UserError: no such operator or implementation, or one that cannot run there.
     """
     for pair in pairs:
+        if pair == STOCK_ALONE:
+            if device == "cpu":
+                raise UserError(
+                    f"--kernels {pair}: on a CPU nothing is tried before it runs — leave it out, or take stock "
+                    "PyTorch by --kernels all=reference"
+                )
+            continue
         op, separator, implementation = pair.partition("=")
         if not separator:
             raise UserError(f"--kernels {pair}: no pair — write OPERATOR=IMPLEMENTATION, as attention=reference")

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | No
     stored = run_dir / "config.json"
     if stored.exists():
         old = read_config(stored)
-        key = differing_key(old, config)
+        key = differing_key(old, replace(config, kernels=old.kernels))  # others give other bits, as is told
         if key:
             raise UserError(
                 f"{run_dir}: {key}={flatten(config)[key]!r} but the run began with {flatten(old)[key]!r} — "
