@@ -257,11 +257,12 @@ def _compiler(name: str, path: str | None) -> str:
 def versions() -> list[tuple[str, str]]:
     """(package, version), with Python first; "not installed" where it is so."""
     rows = [("python", platform.python_version()), ("cramfast", _version("cramfast"))]
-    # torch's own word names the build too, 2.14.1+cu130, which the package's metadata leave out.
-    return rows + [(name, torch.__version__ if name == "torch" else _version(name)) for name in PACKAGES]
+    return rows + [(name, _version(name)) for name in PACKAGES]
 
 
 def _version(name: str) -> str:
+    if name == "torch":  # its own word names the build too, 2.14.1+cu130, which the package's metadata leave out
+        return torch.__version__
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -34,9 +34,13 @@ PROPERTIES = SimpleNamespace(
 def card(monkeypatch, architecture: str, packages: tuple[str, ...] = ("triton",), built: bool = False) -> None:
     """dispatch on a machine with a card of this architecture, as "sm_86", only these packages, and our module with its
     CUDA part or without."""
-    from cramfast.kernels import dispatch, extension, peers
+    from cramfast.kernels import cuda_build, dispatch, extension, peers
 
-    module = SimpleNamespace(cuda=built, cuda_operators=dispatch.OPERATORS)
+    module = SimpleNamespace(
+        cuda=built, cuda_operators=dispatch.OPERATORS, cuda_missing="no nvcc", cuda_architectures=[architecture],
+        cuda_versions=lambda: (13000, 13000),
+    )  # fmt: skip
+    cuda_build._asked.cache_clear()
     monkeypatch.setattr(extension, "module", module)
     monkeypatch.setattr(dispatch, "architecture", lambda device: architecture)
     monkeypatch.setattr(peers, "installed", lambda module: module in packages)
