@@ -1,9 +1,9 @@
-"""Writes what dispatch may choose unasked on a GPU: python -m bench.choose RESULTS.jsonl [RESULTS.jsonl ...]
+"""Writes in which order a trial on a GPU takes its candidates: python -m bench.choose RESULTS.jsonl [RESULTS.jsonl ...]
 
 Reads the rows of `pytest bench/ --device cuda --kernels NAME --results RESULTS.jsonl`, run once for each implementation
-and once for "reference", and updates kernels/measured.json: for every operator, architecture and dtype, how long each
-implementation takes relative to the fastest (geometric mean over the shapes). A row counts only when the tests of its
-operator passed on that GPU; one red row takes its implementation out.
+and once for the floor of stock PyTorch, and updates kernels/measured.json: for every operator, architecture and dtype,
+how long each implementation takes relative to the fastest (geometric mean over the shapes). A row counts only when the
+tests of its operator passed on that GPU; one red row takes its implementation out.
 """
 
 import argparse
@@ -46,6 +46,11 @@ def read_rows(paths: Iterable[Path]) -> list[dict]:
     return rows
 
 
+def baselines(op: str) -> set[str]:
+    """What others have to be faster than, one of them: a form of the floor, or the reference where it was measured."""
+    return {"reference", *dispatch.FLOOR.get(op, ("stock",))}
+
+
 def rank(rows: list[dict]) -> tuple[list[dict], list[str]]:
     """(rows of measured.json, why implementations were left out) from rows of benchmarks.
 
@@ -63,8 +68,8 @@ def rank(rows: list[dict]) -> tuple[list[dict], list[str]]:
                 raise UserError(f"{', '.join(key)}: rows of {name} {found} — compare what was measured together")
         times, reasons = _times(group)
         left_out += [f"{', '.join(key)}: {reason}" for reason in reasons]
-        if "reference" not in times:
-            left_out.append(f"{', '.join(key)}: no row of the reference with green tests, so nothing to be faster than")
+        if not baselines(key[0]) & times.keys():
+            left_out.append(f"{', '.join(key)}: no row of stock PyTorch with green tests, so nothing to be faster than")
             continue
         means = {name: math.exp(sum(map(math.log, ms.values())) / len(ms)) for name, ms in times.items()}
         fastest = min(means.values())

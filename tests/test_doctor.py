@@ -52,7 +52,7 @@ def test_no_value_is_cut_or_broken_by_the_terminal(arguments, on_reference, caps
     monkeypatch.setattr(doctor, "_compiler", lambda name, path: compiler)
     doctor.main()
     said = capsys.readouterr().out
-    for line in (f"torch +{long}", rf"C\+\+ compiler +{re.escape(compiler)}"):
+    for line in (f"torch +{re.escape(long)}", rf"C\+\+ compiler +{re.escape(compiler)}"):
         assert re.search(f"^{line}$", said, flags=re.M), line
     for part in (*dispatch.OPERATORS, "flash_attn"):
         assert part in said, part

@@ -32,8 +32,8 @@ def install(variant: Variant) -> None:
     def source(config: TrainConfig, prepared: Path, microbatch_tokens: int):
         return variant.batches(replace(config, microbatch_tokens=microbatch_tokens), prepared)
 
-    def heldout(config: TrainConfig, prepared: Path, device):
-        return heldout_batches(replace(config, sequence_len=HELDOUT_LENGTH), prepared, device)
+    def heldout(config: TrainConfig, prepared: Path, device, most: int = 0):
+        return heldout_batches(replace(config, sequence_len=HELDOUT_LENGTH), prepared, device, most)
 
     train.training_source = source
     if any("sequence_len" in switch.config for switch in variant.switches):

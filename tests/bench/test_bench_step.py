@@ -23,9 +23,10 @@ def reference_attention(q, k, v, cu_seqlens, longest):
 
 @pytest.fixture
 def no_gpu_needed(monkeypatch, one_thread):
-    """The GPU systems on the CPU: no compilation, no page-locked memory, attention of the reference."""
+    """The GPU systems on the CPU: no compilation, no page-locked memory, no graph, attention of the reference."""
     monkeypatch.setattr(gpu_systems, "GPU", torch.device("cpu"))
     monkeypatch.setattr(gpu_systems.machine, "take_kernels", lambda _: {})
+    monkeypatch.setattr(gpu_systems, "graph_choice", lambda config: (False, "no GPU"))
     monkeypatch.setattr(packed_encoder, "flash_attention", reference_attention)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)

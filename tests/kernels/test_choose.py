@@ -52,8 +52,16 @@ def test_nothing_is_chosen_without_a_green_reference(table, tmp_path, capsys):
     for rows in ((ROW,), (ROW, REFERENCE | {"tests": "failed"})):
         with pytest.raises(UserError, match="no row to choose by"):
             chosen(table, tmp_path, *rows)
-        assert "no row of the reference" in capsys.readouterr().out
+        assert "no row of stock PyTorch" in capsys.readouterr().out
     assert json.loads(table.read_text()) == {"rows": []}
+
+
+def test_the_floor_is_a_baseline_where_the_loop_cannot_run(table, tmp_path):
+    floor = REFERENCE | {"op": "attention", "kernels": "padded"}
+    (row,) = chosen(table, tmp_path, ROW | {"op": "attention"}, floor)
+    assert row["relative_time"].keys() == {"cpp", "padded"}
+    (row, _) = chosen(table, tmp_path, ROW, REFERENCE | {"kernels": "stock"})[::-1]
+    assert row["relative_time"].keys() == {"cpp", "stock"}
 
 
 def test_an_implementation_measured_on_fewer_shapes_is_left_out(table, tmp_path, capsys):
@@ -92,7 +100,7 @@ def test_files_that_cannot_be_read_are_named(table, tmp_path):
         choose.main([str(damaged), "--table", str(table)])
 
 
-def test_dispatch_takes_what_was_written(table, tmp_path, monkeypatch):
+def test_dispatch_tries_first_what_was_fastest(table, tmp_path, monkeypatch):
     chosen(table, tmp_path, ROW | {"op": "attention", "kernels": "torch_efficient"}, REFERENCE | {"op": "attention"})
     monkeypatch.setattr(dispatch, "MEASURED", table)
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
@@ -100,7 +108,7 @@ def test_dispatch_takes_what_was_written(table, tmp_path, monkeypatch):
     import torch
 
     try:
-        assert dispatch.choose("attention", "cuda", torch.bfloat16).implementation == "torch_efficient"
-        assert dispatch.choose("attention", "cuda", torch.float16).implementation == "reference"
+        assert dispatch.candidates("attention", "cuda", torch.bfloat16)[0] == "torch_efficient"
+        assert dispatch.candidates("attention", "cuda", torch.float16)[0] != "torch_efficient"
     finally:
         dispatch.measured.cache_clear()
