@@ -44,7 +44,7 @@ def card(monkeypatch, architecture: str, packages: tuple[str, ...] = ("triton",)
     monkeypatch.setattr(extension, "module", module)
     monkeypatch.setattr(dispatch, "architecture", lambda device: architecture)
     monkeypatch.setattr(peers, "installed", lambda module: module in packages)
-    dispatch._picked.clear()
+    monkeypatch.setattr(dispatch, "_picked", {})  # what is picked meanwhile goes with it
 
 
 class Redirected(TorchFunctionMode):

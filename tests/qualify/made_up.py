@@ -134,7 +134,7 @@ def install(patch=setattr) -> None:
     patch(dispatch, "candidates", lambda op, *where: list(CANDIDATES.get(op, ())))
     patch(resolve, "needed", lambda config: not kernelchoice.stock_alone(config.kernels))
     patch(process, "MODULES", [__name__])
-    dispatch._picked.clear()
+    patch(dispatch, "_picked", {})
 
 
 # What the tests let be tried, through the environment, which the child inherits.
