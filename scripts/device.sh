@@ -5,7 +5,8 @@ set -uo pipefail
 USAGE='usage: [PYTHON=python3] [OUT=device-out] [WHEELS=folder] [DATA="files"] scripts/device.sh [--rehearse] [--stages a,b]
 
 Runs every stage, each within its own budget of seconds; one that fails does not stop the next. Exit status 0 only if
-none failed. In OUT: summary.json (rc and seconds of each stage), log.txt, operators.jsonl, step.jsonl, metrics.jsonl.
+none failed. In OUT: summary.json (rc and seconds of each stage), log.txt, operators.jsonl, step.jsonl, metrics.jsonl,
+and qualified/, what the trial found.
 
   WHEELS      wheels that the machine lacks (cmake, ninja, tyro, backports.zstd, liger-kernel, ...), installed without network
   DATA        text for the step and the training run; nothing: documentation text found on the machine
@@ -67,7 +68,10 @@ build() {
 # What a run without flags does first on a card that it does not know: every implementation tried, and timed.
 qualify() {
   needs_gpu "a CPU runs the C++ kernels untried"
-  "$PYTHON" -m cramfast.doctor --device cuda --qualify
+  "$PYTHON" -m cramfast.doctor --device cuda --qualify --seconds 45  # the rest of the stage is the doctor's own checks
+  local status=$?
+  mkdir -p "$OUT/qualified" && cp "${XDG_CACHE_HOME:-$HOME/.cache}"/cramfast/qualified/*.json "$OUT/qualified"
+  return $status
 }
 
 doctor() {
@@ -145,7 +149,7 @@ train() {
 
 export -f skip needs_gpu turing_tree fused_tests
 results=() failed=0
-rm -f "$OUT"/{summary.json,log.txt,operators.jsonl,step.jsonl,metrics.jsonl}
+rm -rf "$OUT"/{qualified,summary.json,log.txt,operators.jsonl,step.jsonl,metrics.jsonl}
 for stage in ${STAGES//,/ }; do
   # shellcheck disable=SC2163  # the function of that name
   export -f "$stage"

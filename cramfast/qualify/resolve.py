@@ -21,6 +21,7 @@ from cramfast.qualify.verdict import Verdict, settle
 from cramfast.runtime.distributed import ALONE, Team
 from cramfast.runtime.progress import Stages
 from cramfast.session import kernelchoice
+from cramfast.session.runfolder import refusals_named
 
 SECONDS = 60.0  # that a first run on a card pays at most
 RECORD = "kernels.json"  # in a run's folder: what it runs on, whatever the cache says later
@@ -62,7 +63,8 @@ def of_run(config: TrainConfig, run_dir: Path, prepared: Path, followed: Path | 
         if recorded:
             outcome = replace(outcome, verdicts=tuple(as_begun(v, recorded) for v in outcome.verdicts))
     if not (run_dir / RECORD).exists() or outcome != recorded:
-        cache.write(run_dir / RECORD, outcome)
+        with refusals_named(run_dir):
+            cache.write(run_dir / RECORD, outcome)
     names = {task.name for task in wanted}
     return replace(outcome, verdicts=tuple(v for v in outcome.verdicts if v.name in names))
 

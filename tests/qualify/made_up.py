@@ -7,6 +7,7 @@ import os
 import sys
 import time
 
+import fake_loader
 import torch
 
 from cramfast.kernels import attention, dispatch, reference
@@ -89,6 +90,17 @@ def slow(*arguments):
     return reference.varlen_attention(*arguments)
 
 
+WHOLE = 256  # rows of small_config's microbatch, which no situation has
+
+
+def departs_whole(qkv, *rest):
+    return reference.varlen_attention(qkv, *rest) * (1.5 if len(qkv) == WHOLE else 1.0)
+
+
+def aborts_whole(qkv, *rest):
+    return aborts() if len(qkv) == WHOLE else reference.varlen_attention(qkv, *rest)
+
+
 def right(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None):
     """The compiled kernel: right, and many times as fast as the loop."""
     cos, sin = rotary or (None, None)
@@ -106,7 +118,8 @@ settled = {}
 
 def install(patch=setattr) -> None:
     """Register the made-up ones, and let dispatch treat the CPU as it treats a GPU: asked for, settled, floor."""
-    table = {name: dispatch.Implementation(lambda target: "", each) for name, each in MADE_UP.items()}
+    made_up = {**MADE_UP, "departs_whole": departs_whole, "aborts_whole": aborts_whole}
+    table = {name: dispatch.Implementation(lambda target: "", each) for name, each in made_up.items()}
     patch(dispatch, "IMPLEMENTATIONS", {**dispatch.IMPLEMENTATIONS})
     dispatch.IMPLEMENTATIONS["attention"] = {**dispatch.IMPLEMENTATIONS["attention"], **table}
     settle, unsettle, choose = dispatch.settle, dispatch.unsettle, dispatch.choose
@@ -142,3 +155,4 @@ CANDIDATES = {"attention": tuple(filter(None, os.environ.get("MADE_UP", "right")
 
 if getattr(sys.modules["__main__"], "__spec__", None) and sys.modules["__main__"].__spec__.name == process.NAME:
     install()
+    fake_loader.install(setattr)

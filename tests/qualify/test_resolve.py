@@ -1,0 +1,225 @@
+"""Where a run's kernels come from: a trial once, the cache, the run's own record; and what leaves it out."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import made_up
+import pytest
+import torch
+from fake_loader import small_config
+
+from cramfast import doctor
+from cramfast.errors import UserError
+from cramfast.kernels import dispatch
+from cramfast.qualify import cache, candidates, resolve
+from cramfast.qualify.regime import regime_of
+from cramfast.qualify.trial import Trial
+from cramfast.qualify.verdict import Verdict, in_force, settle
+from cramfast.session import kernelchoice
+
+HERE = Path(__file__).resolve().parent
+CARD = {"card": "RTX 2080 Ti", "capability": "sm_75", "driver": "550.1"}
+
+
+class FakeTrial:
+    """Finds what `chosen` says right and fast, and says in `tried` what it was asked; the child is another test's."""
+
+    chosen, tried, compared = "right", [], []
+
+    def __init__(self, config, tasks, regime, seconds, show):
+        self.tasks = tasks
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def operators(self):
+        self.tried.append([task.op for task in self.tasks])
+        return [self.verdict(task) for task in self.tasks]
+
+    def verdict(self, task):
+        if task.op != "attention" or self.chosen == task.floor:
+            return Verdict(
+                task.op, task.windowed, task.floor, task.floor, "right failed dqkv", {"right": "failed dqkv"}
+            )
+        return Verdict(task.op, task.windowed, task.floor, self.chosen, "qualified", {self.chosen: ""})
+
+    def microbatch(self, verdicts, prepared):
+        self.compared.append(prepared)
+        return verdicts, True
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch, tmp_path):
+    made_up.install(monkeypatch.setattr)
+    monkeypatch.setattr(made_up, "CANDIDATES", {"attention": ("right", "slow")})
+    monkeypatch.setattr(resolve, "Trial", FakeTrial)
+    monkeypatch.setattr(cache, "card", lambda device: dict(CARD))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    FakeTrial.chosen, FakeTrial.tried[:], FakeTrial.compared[:] = "right", [], []
+    yield
+    dispatch.override("all", "auto")
+    settle([], "cpu", torch.float32)
+
+
+def resolved(folder: Path, config=None, followed=None) -> dispatch.Choice:
+    folder.mkdir(exist_ok=True)
+    resolve.resolve(config or small_config(), folder, folder, followed)
+    return dispatch.choose("attention", "cpu", torch.float32)
+
+
+def test_a_first_run_pays_and_later_ones_do_not(tmp_path, capsys):
+    choice = resolved(tmp_path / "first")
+    assert (choice.implementation, choice.reason) == ("right", "qualified")
+    assert "kernels are tried on this card, once, in 60 s at most" in capsys.readouterr().out
+    assert resolved(tmp_path / "second") == choice and len(FakeTrial.tried) == 1
+    assert capsys.readouterr().out == ""
+    assert cache.read(tmp_path / "second" / "kernels.json").verdicts == tuple(in_force())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"card": "RTX 3090"}, {"capability": "sm_86"}, {"driver": "551"}, {"torch": "3"}, {"triton": "9"},
+        {"kernels": "0" * 12}, {"dtype": "bfloat16"}, {"z_loss": 1e-4}, {"sequence_len": 32},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_card_software_or_regime_is_tried_anew(monkeypatch, tmp_path, change):
+    resolved(tmp_path / "first")
+    (key,) = change
+    for name in ("card", "software"):
+        before = getattr(cache, name)
+        if key in (before("cpu") if name == "card" else before()):
+            monkeypatch.setattr(cache, name, lambda *device, before=before: before(*device) | change)
+    resolved(tmp_path / "second", small_config(**change) if hasattr(small_config(), key) else None)
+    assert len(FakeTrial.tried) == 2
+
+
+def test_a_damaged_cache_is_told_of_and_made_anew(tmp_path, capsys):
+    resolved(tmp_path / "first")
+    (file,) = (tmp_path / "cache" / "cramfast" / "qualified").glob("*.json")
+    for text in ("{", '{"verdicts": [{"op": "attention"}], "place": {}, "whole": true}'):
+        file.write_text(text)
+        resolved(tmp_path / "second")
+        (tmp_path / "second" / "kernels.json").unlink()
+        assert f"note: {file}" in capsys.readouterr().out
+    assert len(FakeTrial.tried) == 3
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert resolved(tmp_path / "run").implementation == "right"
+    assert "cannot be written" in capsys.readouterr().out
+
+
+def test_a_resumed_run_and_a_replay_keep_theirs_when_the_cache_changes(tmp_path):
+    resolved(tmp_path / "run")
+    FakeTrial.chosen = "slow"
+    resolve.of_card(small_config(), tmp_path, anew=True)
+    assert resolved(tmp_path / "new").implementation == "slow"
+    assert resolved(tmp_path / "run").implementation == "right"
+    assert resolved(tmp_path / "replay", followed=tmp_path / "run").implementation == "right"
+    assert cache.read(tmp_path / "replay" / "kernels.json") == cache.read(tmp_path / "run" / "kernels.json")
+
+
+def test_a_run_moved_to_another_card_keeps_only_what_qualifies_there(monkeypatch, tmp_path):
+    resolved(tmp_path / "run")
+    monkeypatch.setattr(cache, "card", lambda device: CARD | {"card": "RTX 3090"})
+    FakeTrial.chosen = "reference"
+    choice = resolved(tmp_path / "run")
+    assert choice.implementation == "reference"
+    assert choice.reason == "right failed dqkv; this run began on right"
+
+
+def test_what_was_slower_but_right_elsewhere_stays(monkeypatch, tmp_path):
+    FakeTrial.chosen = "reference"
+    resolved(tmp_path / "run")
+    monkeypatch.setattr(cache, "card", lambda device: CARD | {"card": "RTX 3090"})
+    FakeTrial.chosen = "right"
+    choice = resolved(tmp_path / "run")
+    assert choice.implementation == "reference" and choice.reason == "as this run began; here, qualified"
+
+
+def test_stock_alone_is_never_tried_and_what_is_asked_for_never_replaced(tmp_path):
+    assert resolved(tmp_path / "stock", small_config(kernels=("auto=stock",))).implementation == "reference"
+    assert not FakeTrial.tried and not (tmp_path / "stock" / "kernels.json").exists()
+    with pytest.raises(UserError, match="auto=stock: on a CPU nothing is tried"):
+        kernelchoice.override(("auto=stock",), "cpu")
+    kernelchoice.override(("auto=stock",), "cuda")
+    kernelchoice.override(("attention=slow",), "cpu")
+    choice = resolved(tmp_path / "asked")
+    assert (choice.implementation, choice.reason) == ("slow", "asked for")
+    assert "attention" not in FakeTrial.tried[0] and "glu" in FakeTrial.tried[0]
+
+
+def test_a_trial_without_text_is_completed_by_the_first_run(tmp_path):
+    resolve.of_card(small_config(), None)
+    resolved(tmp_path / "run")
+    resolved(tmp_path / "next")
+    assert len(FakeTrial.tried) == 1 and FakeTrial.compared == [None, tmp_path / "run"]
+
+
+def test_local_attention_is_settled_beside_the_global(tmp_path):
+    local = replace(small_config().model, global_every=2)
+    resolved(tmp_path / "run", small_config(model=local))
+    assert FakeTrial.tried[0].count("attention") == 2
+    assert dispatch.choose("attention", "cpu", torch.float32, windowed=True).implementation == "right"
+
+
+def test_a_cpu_is_never_qualified(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setattr(resolve, "of_run", lambda *arguments: pytest.fail("a trial on a CPU"))
+    assert resolved(tmp_path).implementation == "cpp" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("departs_whole", "departs_whole failed a whole microbatch: "),
+        ("aborts_whole", "aborts_whole crashed (SIGABRT) in a whole microbatch"),
+    ],
+)
+def test_what_only_a_whole_microbatch_shows_goes_back_to_the_floor(monkeypatch, name, words):
+    """By the real child, on the fake text."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = small_config()
+    tasks = [task for task in candidates.tasks(config) if task.op in ("attention", "layernorm_glu")]
+    chosen = [
+        Verdict("attention", False, "reference", name, "qualified"),
+        Verdict("layernorm_glu", False, "reference", "cpp", "qualified"),
+    ]
+    with Trial(config, tasks, regime_of(config), 120, lambda *stage: None) as trial:
+        (attention, glu), whole = trial.microbatch(chosen, Path("."))
+    assert whole and not attention.replaces_floor and attention.reason.startswith(words)
+    assert glu == chosen[1]
+
+
+def test_process_0_decides_and_the_others_check(tmp_path):
+    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, str(HERE / "team_worker.py"), str(tmp_path)]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert answer.returncode == 0, answer.stderr
+    assert (tmp_path / "statuses.txt").read_text() == "[[0, 0], [2, 2]]"
+    assert [(tmp_path / "same" / f"{rank}.txt").read_text() for rank in (0, 1)] == ["right 1", "right 0"]
+    said = "".join((tmp_path / f"other.{rank}.txt").read_text() for rank in (0, 1))
+    assert said.count("error:") == 1 and "use equal cards and software, or --kernels auto=stock" in said
+    assert not (tmp_path / "other" / "0.txt").exists()
+
+
+def test_the_doctor_tries_anew_and_keeps_what_it_finds(monkeypatch, tmp_path, capsys):
+    arguments = doctor.Arguments(preset="tiny", dtype="float32", seconds=200)
+    doctor.qualify(arguments, "cpu")
+    doctor.qualify(arguments, "cpu")
+    said = capsys.readouterr().out
+    assert len(FakeTrial.tried) == 2 and "in 200 s at most" in said
+    assert "qualified for preset tiny in float32:" in said and "  attention right: qualified\n" in said
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="--qualify: a CPU runs our C"):
+        doctor.qualify(arguments, "cpu")
