@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The zstd libraries of Python refuse valid files with a large window, and call it too much memory.
+# backports.zstd refuses valid files with a large window, and calls it too much memory.
 #
 # The dumps of large corpora are written with --long=31. Compressing with a window above 128 MiB is allowed without a
 # word; reading the file back needs the same number said again, or ends with an error that speaks of memory, though
