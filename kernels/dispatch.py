@@ -10,35 +10,16 @@ import contextlib
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cramfast.kernels import cuda_build, emulated, extension, peers, reference, stock
+from cramfast.kernels import emulated, extension, obstacles, peers, reference, stock
+from cramfast.kernels.obstacles import NO_GPU, PARTS, Target, name_of
 
 MEASURED = Path(__file__).with_name("measured.json")
-HALF = (torch.float16, torch.bfloat16)
-NO_GPU = "sm_0"
-
-
-@dataclass(frozen=True)
-class Target:
-    """What an operator is to run on.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        architecture: "sm_90", or the instruction set of our build for the CPU.
-        windowed: whether attention is local.
-    """
-
-    op: str
-    device: str
-    dtype: torch.dtype
-    architecture: str
-    windowed: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,106 +48,7 @@ class Choice:
     obstacle: str = ""
 
 
-def _cpp_obstacle(target: Target) -> str:
-    module = extension.module
-    if module is None:
-        return extension.missing_reason
-    if found := _dtype_obstacle(target, extension.storage_dtypes(target.device)):
-        return found
-    return _cpp_cuda_obstacle(target) if target.device == "cuda" else ""
-
-
-def _cpp_cuda_obstacle(target: Target) -> str:
-    module = extension.module
-    if not module.cuda:
-        return f"no CUDA kernels: {module.cuda_missing}; install the CUDA toolkit (nvcc), then pip install -e ."
-    if target.op not in module.cuda_operators:
-        return f"{target.op} has no CUDA kernel yet"
-    if found := _gpu_obstacle(target, 75):
-        return found
-    if target.op == "attention" and target.dtype == torch.bfloat16:  # on tensor cores
-        return cuda_build.bfloat16_obstacle(target.architecture)
-    return cuda_build.code_path(target.architecture)[1]
-
-
-def _cpp_fused_obstacle(target: Target) -> str:
-    lowest = 80 if target.dtype == torch.bfloat16 else 75
-    found = _gpu_obstacle(target, lowest) or _dtype_obstacle(target, HALF) or _cpp_obstacle(target)
-    return found or (cuda_build.bfloat16_obstacle(target.architecture) if target.dtype == torch.bfloat16 else "")
-
-
-def _triton_obstacle(target: Target) -> str:
-    interpreted = target.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if not interpreted and (found := _gpu_obstacle(target, 80)):
-        return found
-    return _missing("triton", "pip install triton") or _dtype_obstacle(target, extension.storage_dtypes("cuda"))
-
-
-def _emulated_obstacle(target: Target) -> str:
-    if target.device != "cpu":
-        return "it runs the CUDA kernels on the CPU, for tests"
-    sources = [emulated.CSRC / f"{part}_cuda.cu" for part in _PARTS.get(target.op, (target.op,))]
-    if emulated.CSRC.is_dir() and not all(source.exists() for source in sources):
-        return f"{target.op} has no CUDA kernel yet"
-    return emulated.missing_reason() or _dtype_obstacle(target, extension.storage_dtypes("cuda"))
-
-
-def _emulated_fused_obstacle(target: Target) -> str:
-    return _emulated_obstacle(target) or _dtype_obstacle(target, HALF)
-
-
-def _flash_attn_obstacle(target: Target) -> str:
-    found = _gpu_obstacle(target, 80) or _missing("flash_attn", "pip install flash-attn")
-    return found or _dtype_obstacle(target, HALF)
-
-
-def _torch_varlen_obstacle(target: Target) -> str:
-    if found := _gpu_obstacle(target, 80):
-        return found
-    if target.windowed and not peers.varlen_attn_has_window():
-        return f"varlen_attn of torch {torch.__version__} takes no window; pip install -U torch"
-    return _dtype_obstacle(target, HALF)
-
-
-def _torch_efficient_obstacle(target: Target) -> str:
-    if target.windowed:
-        return "it has no two-sided window; take another, or --model.global-every 1"
-    found = _gpu_obstacle(target, 80 if target.dtype == torch.bfloat16 else 50)
-    return found or _dtype_obstacle(target, (torch.float32, *HALF))
-
-
-def _apex_obstacle(target: Target) -> str:
-    how = "build it with its CUDA extensions from github.com/NVIDIA/apex"
-    found = _gpu_obstacle(target, 50) or _missing("apex", how) or _missing("fused_layer_norm_cuda", how)
-    return found or _dtype_obstacle(target, (torch.float32, *HALF))
-
-
-def _apex_adamw_obstacle(target: Target) -> str:
-    return "FusedAdam overwrites the gradient, takes one weight decay a launch and clips nothing"
-
-
-def _gpu_obstacle(target: Target, lowest: int) -> str:
-    if target.device != "cuda":
-        return "it runs on GPUs only"
-    if target.architecture == NO_GPU:
-        return "torch sees no GPU"
-    return f"it needs sm_{lowest} or later" if int(target.architecture.removeprefix("sm_")) < lowest else ""
-
-
-def _missing(module: str, how: str) -> str:
-    return "" if peers.installed(module) else f"{module} is not installed; {how}"
-
-
-def _dtype_obstacle(target: Target, dtypes: tuple[torch.dtype, ...]) -> str:
-    names = ", ".join(_name(dtype) for dtype in dtypes)
-    return "" if target.dtype in dtypes else f"it takes {names}, not {_name(target.dtype)}"
-
-
-def _no_obstacle(target: Target) -> str:
-    return ""
-
-
-_CPP, _TRITON, _EMULATED = map(Implementation, (_cpp_obstacle, _triton_obstacle, _emulated_obstacle))
+_CPP, _TRITON, _EMULATED = map(Implementation, (obstacles.cpp, obstacles.triton, obstacles.emulated))
 
 
 # The floor of an operator: the first of these that can run. Stock PyTorch, trusted without having been measured.
@@ -175,7 +57,7 @@ NEVER_UNASKED = ("reference", "emulated", "emulated_fused")  # definitions and t
 
 
 def _plain(function: Callable) -> Implementation:
-    return Implementation(_no_obstacle, function)
+    return Implementation(obstacles.none, function)
 
 
 # Every implementation of every operator, by the name that --kernels and measured.json give it.
@@ -183,7 +65,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "layernorm": {
         "cpp": _CPP,
         "triton": _TRITON,
-        "apex": Implementation(_apex_obstacle, peers.apex_layernorm),
+        "apex": Implementation(obstacles.apex, peers.apex_layernorm),
         "stock": _plain(stock.layernorm),
         "reference": _plain(reference.layernorm),
         "emulated": _EMULATED,
@@ -197,18 +79,18 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     },
     "layernorm_glu": {
         "cpp": _CPP,
-        "cpp_fused": Implementation(_cpp_fused_obstacle),
+        "cpp_fused": Implementation(obstacles.cpp_fused),
         "triton": _TRITON,
         "stock": _plain(stock.layernorm_glu),
         "reference": _plain(reference.layernorm_glu),
         "emulated": _EMULATED,
-        "emulated_fused": Implementation(_emulated_fused_obstacle),
+        "emulated_fused": Implementation(obstacles.emulated_fused),
     },
     "attention": {
         "cpp": _CPP,
-        "flash_attn": Implementation(_flash_attn_obstacle, peers.flash_attn),
-        "torch_varlen": Implementation(_torch_varlen_obstacle, peers.torch_varlen),
-        "torch_efficient": Implementation(_torch_efficient_obstacle, peers.torch_efficient),
+        "flash_attn": Implementation(obstacles.flash_attn, peers.flash_attn),
+        "torch_varlen": Implementation(obstacles.torch_varlen, peers.torch_varlen),
+        "torch_efficient": Implementation(obstacles.torch_efficient, peers.torch_efficient),
         "padded": _plain(stock.padded_attention),
         "reference": _plain(reference.varlen_attention),
         "emulated": _EMULATED,
@@ -223,15 +105,13 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "adamw": {
         "cpp": _CPP,
         "triton": _TRITON,
-        "apex": Implementation(_apex_adamw_obstacle),
+        "apex": Implementation(obstacles.apex_adamw),
         "stock": _plain(stock.adamw),
         "reference": _plain(reference.adamw),
         "emulated": _EMULATED,
     },
 }
 OPERATORS = tuple(IMPLEMENTATIONS)
-# What an operator calls below autograd, where that is not the operator alone.
-_PARTS = {"layernorm_glu": ("layernorm", "glu", "layernorm_glu")}
 
 _overrides: dict[tuple[str, str], str] = {}  # (op, device) -> implementation
 _settled: dict[tuple[str, str, torch.dtype, bool], tuple[str, str]] = {}  # _place() -> (implementation, reason)
@@ -255,7 +135,7 @@ def choose(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> 
     """The implementation that `op` takes for tensors of this device and dtype, and why."""
 
     def choice(implementation: str, reason: str, found: str = "") -> Choice:
-        return Choice(op, device, _name(dtype), implementation, reason, found)
+        return Choice(op, device, name_of(dtype), implementation, reason, found)
 
     def blocked(implementation: str) -> str:
         return obstacle(op, implementation, device, dtype, windowed)
@@ -281,17 +161,13 @@ def floor(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> s
 
 def _floor_reason(op: str, device: str, dtype: torch.dtype, windowed: bool) -> str:
     reason = f"stock PyTorch, needs no measurement on {architecture(device)}"
-    if op == "attention" and (why := _rotation_obstacle(Target(op, device, dtype, architecture(device), windowed))):
+    # arrange.py rotates by Triton where that can run, as far as it is known before its first use.
+    if op == "attention" and (why := obstacles.triton(Target(op, device, dtype, architecture(device), windowed))):
         reason += f"; rotation in PyTorch's operators: {why}"
     known = (*FLOOR.get(op, ("stock",)), "stock")
     waiting = [name for name in candidates(op, device, dtype, windowed) if name not in known]
     wait = "waits" if len(waiting) == 1 else "wait"
     return f"{reason}; {', '.join(waiting)} {wait} for --qualify" if waiting else reason
-
-
-def _rotation_obstacle(target: Target) -> str:
-    """Why arrange.py takes torch's operators for the rotation there, as far as it is known before its first use."""
-    return _triton_obstacle(target)
 
 
 def candidates(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> list[str]:
@@ -316,7 +192,7 @@ def _nearest_row(op: str, chip: str, dtype: torch.dtype) -> dict[str, float]:
     rows = {
         place[1]: row
         for place, row in measured().items()
-        if (place[0], place[2]) == (op, _name(_place(op, "cuda", dtype, False)[2]))
+        if (place[0], place[2]) == (op, name_of(_place(op, "cuda", dtype, False)[2]))
     }
     if not rows:
         return {}
@@ -423,7 +299,7 @@ def override(op: str, implementation: str, architecture: int = 860, device: str 
         else:
             _overrides[one, where] = implementation
         if where == "cpu":
-            for part in _PARTS.get(one, (one,)):
+            for part in PARTS.get(one, (one,)):
                 extension.emulated.pop(part, None)
                 if implementation.startswith("emulated"):
                     extension.emulated[part] = emulated.load(architecture)
@@ -455,7 +331,3 @@ def using(op: str, implementation: str, **options) -> Iterator[None]:
 def table(device: str) -> list[Choice]:
     """The choice for every operator and storage dtype on a device."""
     return [choose(op, device, dtype) for op in OPERATORS for dtype in extension.storage_dtypes(device)]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
