@@ -92,6 +92,16 @@ def test_rooms_say_what_lives_in_them():
             assert path.stem in text, f"{room.name}/__init__.py does not name {path.name}"
 
 
+def test_the_page_about_the_house_names_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawing, table = page.split("```")[1], page.split("## Which room is it?")[1]
+    for floor in FLOORS:
+        for room in floor:
+            assert re.search(rf"\b{room}\b", drawing), f"docs/architecture.md: {room} is not in the drawing"
+    for room in sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")):
+        assert f"`cramfast/{room}/`" in table, f"docs/architecture.md: no line says what belongs into {room}"
+
+
 def test_only_stock_models_are_computed_by_transformers():
     for path in [*(PACKAGE / "evaluate").glob("*.py"), *(PACKAGE / "scaling").glob("*.py")]:
         foreign = {name.split(".")[0] for name in imported(path)} & {"transformers"}

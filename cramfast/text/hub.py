@@ -25,6 +25,7 @@ def dataset_name(source: str) -> tuple[str, str, str]:
 
 
 def is_hub(source: str) -> bool:
+    """Whether a source is a dataset, hf:NAME[:CONFIG[:SPLIT]], and no file, folder or glob."""
     return source.startswith(HUB)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import made_up
 import pytest
 import torch
-from fake_loader import run, small_config, weights
+from fake_loader import rows, run, small_config, weights
 
 from cramfast.batches.loader import Batch
 from cramfast.errors import UserError
@@ -165,5 +165,8 @@ def test_memory_that_is_too_small_for_a_look_is_told_and_training_goes_on(monkey
 
 
 def test_a_cpu_never_looks(monkeypatch, tmp_path):
-    monkeypatch.setattr(Comparison, "__init__", lambda *arguments: pytest.fail("a comparison"))
-    training(monkeypatch, tmp_path / "run", [])
+    looked = []
+    monkeypatch.setattr(Comparison, "__init__", lambda *arguments: looked.append(arguments))
+    folder = training(monkeypatch, tmp_path / "run", [], steps=(2, 4))  # nothing was tried, so nothing replaces a floor
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
+    assert not looked and not in_force()

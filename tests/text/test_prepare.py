@@ -2,10 +2,8 @@
 
 import errno
 import json
-import lzma
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +21,7 @@ from cramfast.errors import UserError, command
 from cramfast.prepare import prepare
 from cramfast.runtime.progress import Stages
 from cramfast.session.runfolder import COPIED
-from cramfast.text import fasta, lines, report, splits
+from cramfast.text import lines, splits
 from cramfast.text.corpus import Corpus
 from cramfast.text.curation import Curator
 from cramfast.text.files import find_files
@@ -155,117 +153,6 @@ def test_a_given_tokenizer_is_used(tmp_path):
     first = prepare((data,), tmp_path / "one", **OPTIONS | {"tokenizer": "bpe"})
     second = prepare((data,), tmp_path / "two", tokenizer=str(first / "tokenizer.json"), vocab_size=32768)
     assert contents(first) == contents(second)
-
-
-def test_text_in_another_script_is_not_lost_in_silence(tmp_path, capsys):
-    def text(*paragraphs):
-        path = tmp_path / "a.txt"
-        path.write_text("\n\n".join(f"{paragraph} {i}." for i in range(200) for paragraph in paragraphs))
-        return str(path)
-
-    latin, russian = "An english paragraph of some words", "Это русский текст"
-    wordpiece = OPTIONS | {"tokenizer": "wordpiece"}
-    assert prepare((text(latin),), tmp_path / "latin", **OPTIONS)
-    assert "no token" not in capsys.readouterr().err
-    with pytest.raises(
-        UserError, match=r"a\.txt: 8.\.\d+% of the characters have no token in wordpiece .* — --tokenizer"
-    ):
-        prepare((text(russian),), tmp_path / "russian", **wordpiece)
-    chinese = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(300)) + "。"
-    with pytest.raises(
-        UserError, match=r"a\.txt: 9.\.\d+% of the characters have no token in wordpiece .* — --tokenizer"
-    ):
-        prepare((text(chinese),), tmp_path / "chinese", **wordpiece)
-    both = prepare((text(latin, russian),), tmp_path / "both", **wordpiece)
-    lost = read_manifest(both)["lost_share"]
-    said, page = capsys.readouterr().err, report.render(both)
-    assert 0.2 < lost < 0.4 and f"a.txt: {lost:.2%} of the characters have no token in wordpiece (" in said
-    for shown in ("к U+043A", "и U+0438"):
-        assert shown in said
-    assert said.count("no token") == 1 and "cyrillic small letter ka" in page and f"{100 * lost:.3g} % of all" in page
-    bpe = read_manifest(prepare((text(russian),), tmp_path / "bpe", **OPTIONS | {"tokenizer": "bpe"}))
-    assert bpe["lost_share"] == 0 and bpe["lost_characters"] == {}
-
-
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        ("bpe", "Это русский текст из нескольких слов, номер"),
-        ("bpe", "Đây là tiếng Việt, ngôn ngữ có nhiều thanh điệu, số"),
-        ("bpe", "Αυτό είναι ένα κείμενο στα ελληνικά, αριθμός"),
-        ("wordpiece", "Größere Flüsse fließen häufig nach Süden, Nummer"),
-        ("wordpiece", "A dose of 5 µg, ≥ 2½ times 10⁻⁶ m², number"),
-    ],
-)
-def test_auto_takes_the_tokenizer_that_can_spell_the_text_and_says_so(tmp_path, capsys, kind, text):
-    (tmp_path / "a.txt").write_text("\n\n".join(f"{text} {i}." for i in range(300)))
-    manifest = read_manifest(prepare((str(tmp_path / "a.txt"),), tmp_path / "out", **OPTIONS))
-    assert (manifest["tokenizer"], manifest["tokenizer_asked"], manifest["lost_share"]) == (kind, "auto", 0)
-    said = [line for line in capsys.readouterr().err.splitlines() if "are held out" not in line]
-    assert [line.startswith("note: --tokenizer auto takes bpe") for line in said] == [True] * (kind == "bpe")
-
-
-def test_the_key_of_prepared_text_is_another_than_before_signs_were_spelled(tmp_path, monkeypatch):
-    data = write_text(tmp_path / "a.txt")
-    after = prepare((data,), None, **OPTIONS)
-    monkeypatch.setattr(stage, "FORMAT", 2)
-    assert prepare((data,), None, **OPTIONS) != after and stage.FORMAT < 3
-
-
-def test_dumps_are_left_out_of_learning_and_said_and_are_in_the_ids(tmp_path, capsys):
-    rng, text = random.Random(0), Path(write_text(tmp_path / "clean.txt", 600)).read_text()
-    documents = text.strip().split("\n\n")
-    letters = "".join(map(chr, (*range(65, 91), *range(97, 123), *range(48, 58), 43, 47)))
-    for i in range(0, 600, 10):
-        lines = ["".join(rng.choices(letters, k=76)) for _ in range(20)]
-        documents[i] += "\n" + "\n".join(lines) + "\n" + "".join(rng.choices(letters, k=42)) + "=="
-    (tmp_path / "mail.txt").write_text("\n\n".join(documents))
-    kept = {}
-    for kind in ("wordpiece", "bpe"):
-        options = OPTIONS | {"tokenizer": kind, "vocab_size": 1024}
-        clean = prepare((str(tmp_path / "clean.txt"),), tmp_path / f"clean-{kind}", **options)
-        capsys.readouterr()
-        mail = prepare((str(tmp_path / "mail.txt"),), tmp_path / f"mail-{kind}", **options)
-        said = capsys.readouterr().err
-        assert re.search(r"left out were \d\d\.\d% \(1,200 stretches of base64 or hex\); training reads them", said)
-        one, two = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (clean, mail))
-        assert one.get_vocab() == two.get_vocab(), kind
-        kept[kind] = sum(split["characters"] for split in read_manifest(mail)["splits"].values())
-    assert set(kept.values()) == {sum(map(len, documents))}
-
-
-def test_fasta_is_read_as_sequences(tmp_path):
-    rng = random.Random(1)
-    records = ["".join(rng.choices("ACGT", k=rng.choice((50, 70, 101, 700)))) for _ in range(200)]
-
-    def written(name, width, fold=str):
-        lines = []
-        for i, record in enumerate(records):
-            cut = [record[j : j + width] for j in range(0, len(record), width)]
-            lines += [f">seq{i} some words about it", *map(fold, cut), ""]
-        opened = lzma.open if name.endswith(".xz") else open
-        with opened(tmp_path / name, "wt") as file:
-            file.write("\n".join(lines))
-        return str(tmp_path / name)
-
-    assert list(Corpus((written("a.fasta", 60),))) == records
-    assert list(Corpus((written("b.fna.xz", 10_000, str.lower),))) == records
-    made = [prepare((written(name, width),), tmp_path / name[0], tokenizer=kind, vocab_size=4160)
-            for name, width in (("c.fa", 60), ("d.faa", 10**6)) for kind in ("kmer:4",)]  # fmt: skip
-    assert contents(made[0]) == contents(made[1]) and read_manifest(made[0])["tokenizer"] == "kmer:4"
-    assert read_manifest(prepare((written("e.fa", 70),), tmp_path / "e", **OPTIONS))["tokenizer"] == "bpe"
-    for text, said in (("@read\nACGT", r"bad\.fa:1: FASTQ"), ("\nACGT\n>x", r"bad\.fa:2: no FASTA: a record begins")):
-        (tmp_path / "bad.fa").write_text(text)
-        with pytest.raises(UserError, match=said):
-            list(Corpus((str(tmp_path / "bad.fa"),)))
-
-
-def test_a_long_fasta_record_is_cut_and_a_long_header_is_none_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(fasta, "LONGEST_RECORD", 840)
-    monkeypatch.setattr(lines, "LONGEST_PIECE", 500)
-    sequence = "".join(random.Random(2).choices("ACGT", k=2000))
-    (tmp_path / "a.fa").write_text(f">{'x>y ' * 1000}\n{sequence}\n>next\n;comment\nAC GT\n")
-    assert list(Corpus((str(tmp_path / "a.fa"),))) == [sequence[:840], sequence[840:1680], sequence[1680:], "ACGT"]
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])

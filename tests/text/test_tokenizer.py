@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from cramfast.errors import UserError
 from cramfast.text.census import Census
-from cramfast.text.kmers import AMINO_ACIDS, NUCLEOTIDES, Kmers
-from cramfast.text.learning import LEARNED_FROM, Learned, is_dump, to_learn_from
-from cramfast.text.lost import described, lost_characters, suitable
+from cramfast.text.lost import lost_characters, suitable
 from cramfast.text.specials import FIRST_WORD, SPECIAL_TOKENS, UNK
 from cramfast.text.spelling import KEPT, ascii_of, normalizer
 from cramfast.text.tokenizer import (
@@ -58,71 +56,8 @@ def test_wordpiece_is_lower_cased_ascii():
     assert "[UNK]" not in tokens.tokens
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("wordpiece", [0, 9 / 13, 1, 0]), ("bpe", [0, 0, 0, 0])])
-def test_characters_without_a_token_are_counted(kind, expected):
-    texts = ["Hello, café “world” – it’s 17.", "Привет, мир 17.", "Ж" * 1000, " \n"]
-    tokenizer = train_tokenizer(texts[:2], kind, 512)
-    assert [lost_characters(tokenizer, [text]).share for text in texts] == expected
-
-
-def without_letters_outside_ascii(texts):
-    """WordPiece that was given: accents are folded, all else outside ASCII is dropped."""
-    tokenizer = train_tokenizer(texts, "wordpiece", 512)
-    steps = [normalizers.NFKD(), normalizers.Lowercase(), normalizers.Replace(Regex("[^\\x20-\\x7E]+"), "")]
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    return Tokenizer.from_str(tokenizer.to_str())
-
-
 ENGLISH = "The committee published its report in March, and the minister answered. "
 RUSSIAN = "Комитет опубликовал свой отчёт в марте, и министр ответил через неделю. "
-
-
-def test_a_letter_dropped_inside_a_word_is_lost():
-    text = "smørrebrød på øerne"  # 17 letters, three of them ø; å is a with an accent
-    given = without_letters_outside_ascii(TEXTS)
-    assert lost_characters(given, [text]).share == pytest.approx(3 / 17)
-    assert lost_characters(given, [text]).counts == {"ø": 3}
-    own = train_tokenizer(TEXTS, "wordpiece", 512)
-    assert lost_characters(own, [text]).share == 0 and own.normalizer.normalize_str(text) == "smorrebrod pa oerne"
-
-
-def seen(text):
-    return len("".join(text.split()))
-
-
-@pytest.mark.parametrize(
-    "make", [without_letters_outside_ascii, lambda texts: train_tokenizer(texts, "wordpiece", 512)]
-)
-def test_every_character_of_a_text_counts_alike(make):
-    """Russian after the first 500 characters of each document; in the longest 40 of 4,040 documents."""
-    tokenizer = make([ENGLISH])
-    start, end = (ENGLISH * 20)[:510], (RUSSIAN * 40)[:2000]
-    cyrillic = sum(not c.isascii() for c in end)
-    expected = cyrillic / (seen(start) + seen(end))
-    assert 0.75 < expected < 0.81
-    assert lost_characters(tokenizer, [start + end] * 300).share == pytest.approx(expected)
-    short, long = ENGLISH.strip(), RUSSIAN * 60
-    cyrillic = sum(not c.isascii() for c in long)
-    expected = 40 * cyrillic / (4000 * seen(short) + 40 * seen(long))
-    assert 0.30 < expected < 0.45
-    assert lost_characters(tokenizer, [short] * 4000 + [long] * 40).share == pytest.approx(expected)
-
-
-def test_the_commonest_lost_characters_are_named_and_never_control_a_terminal():
-    own = train_tokenizer(TEXTS, "wordpiece", 512)
-    lost = lost_characters(own, ["жжж яя 日本本 a\x1b[31m \u202e \ue000 b"])
-    assert lost.commonest(3) == [("ж", 3 / 15), ("я", 2 / 15), ("本", 2 / 15)]
-    names = [described(*each) for each in lost.commonest()]
-    assert names[0].startswith("ж U+0436 ") and not any(c in "".join(names) for c in "\x1b\u202e\ue000")
-    assert any(name.startswith("U+E000 ") for name in names)
-
-
-def test_words_that_a_given_vocabulary_cannot_spell_are_lost_whole():
-    parts = json.loads(without_letters_outside_ascii(TEXTS).to_str())
-    parts["normalizer"], parts["pre_tokenizer"] = None, {"type": "BertPreTokenizer"}
-    given = Tokenizer.from_str(json.dumps(parts))
-    assert lost_characters(given, ["the dog", "naïve dog"]).share == pytest.approx(5 / 14)
-    assert lost_characters(given, ["the Dog"]).counts == {"D": 1, "o": 1, "g": 1}
 
 
 SPELLED = {
@@ -397,81 +332,6 @@ def test_stock_transformers_cuts_long_words_alike(tmp_path, genome_pair):
         tokenizer.save(str(tmp_path / kind / "tokenizer.json"))
         (tmp_path / kind / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
         assert AutoTokenizer.from_pretrained(tmp_path / kind)(text)["input_ids"] == tokenizer.encode(text).ids
-
-
-def test_of_runs_of_letters_a_part_is_learnt_from_and_that_is_counted():
-    chinese, learned = "大家好，" * 300_000, Learned()
-    assert list(to_learn_from([chinese, "a" * 100], learned)) == [chinese, "a" * 100] and learned.note() == ""
-    learned = Learned()
-    cut = list(to_learn_from(["acgt" * 400_000, "acgt" * 400_000 + " end"], learned))
-    assert [len(text) for text in cut] == [1_600_000, LEARNED_FROM - 1_600_000 + 4]
-    assert learned.runs == 1_200_000 and learned.note().startswith("37.5% (runs of over 100 letters")
-
-
-@pytest.mark.parametrize(
-    ("stretch", "expected"),
-    [
-        (hashlib.sha256(b"a").hexdigest(), True),
-        (hashlib.md5(b"a").hexdigest(), True),
-        ("U29tZSB0ZXh0IHRoYXQgd2FzIGVuY29kZWQgaW4gYmFzZTY0IGZvciBtYWls", True),
-        ("ACGT" * 30, False),
-        ("Donaudampfschifffahrtselektrizitaetenhauptbetriebswerk", False),
-        ("usr/lib/python3/dist-packages/some_module/some_file", False),
-        ("12345678901234567890123456789012345678901234", False),
-        ("https_www_example_org_2024_A_Long_Title_Of_A_Page", False),
-    ],
-)
-def test_dumps_are_told_from_words(stretch, expected):
-    assert is_dump(stretch) == expected
-    text = f"see {stretch} there"
-    assert list(to_learn_from([text], Learned())) == ["see there" if expected else text]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_text_of_dumps_alone_is_learnt_from(kind):
-    texts, learned = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(300)], Learned()
-    tokenizer = train_tokenizer(texts, kind, 1024, learned)
-    assert word_count(tokenizer) > 512 and learned.note() == ""
-
-
-SEQUENCE = st.text(alphabet=st.sampled_from("acgtACGTuNn \n-*5é"), max_size=60)
-CUTTINGS = [Kmers(letters, k, overlapping) for letters, k, overlapping in
-            ((NUCLEOTIDES, 1, False), (NUCLEOTIDES, 3, False), (NUCLEOTIDES, 2, True), (NUCLEOTIDES, 4, True),
-             (AMINO_ACIDS, 1, False), (AMINO_ACIDS, 2, True))]  # fmt: skip
-
-
-@pytest.mark.parametrize("kmers", CUTTINGS, ids=str)
-@settings(max_examples=60, deadline=None)
-@given(texts=st.lists(SEQUENCE, max_size=4))
-def test_kmers_are_those_of_the_stock_tokenizer(kmers, texts):
-    tokenizer = kmers.tokenizer()
-    assert Kmers.of(tokenizer) == kmers
-    ids, lengths = WordCache(tokenizer).encode(texts)
-    plain = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    assert lengths.tolist() == list(map(len, plain)) and ids.tolist() == [i for row in plain for i in row]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("kmer", "ACGTACGTAC", ["acgtac", "g", "t", "a", "c"]),
-        ("kmer:3", "acg TAN\nUcg", ["acg", "t", "a", "n", "tcg"]),
-        ("kmer:3:overlapping", "ACGTANACCC", ["acg", "cgt", "gta", "n", "acc", "ccc"]),
-        ("kmer:3:overlapping", "AC", ["a", "c"]),
-    ],
-)
-def test_kmers_of_a_sequence_whatever_its_lines_and_its_case(name, text, expected):
-    tokenizer = train_tokenizer(["ACGTN" * 100], name, 512)
-    assert tokenizer.encode(text).tokens == ["[CLS]", *expected, "[SEP]"]
-    assert [tokenizer.id_to_token(i) for i in range(FIRST_WORD)] == list(SPECIAL_TOKENS)
-    assert tokenizer.get_vocab_size() % 64 == 0
-    assert lost_characters(tokenizer, ["ACGT-N*", "é5"]).counts == {"é": 1, "5": 1}
-
-
-def test_kmers_that_no_vocabulary_holds_are_refused_and_proteins_are_single_letters():
-    with pytest.raises(UserError, match=r"kmer:6' has 64,000,000 entries for 20 letters — use kmer:4 or less"):
-        train_tokenizer(["MKVLAAGWERTY"], "kmer:6", 512)
-    assert train_tokenizer(["MKVLAAGWERTY"], "kmer", 512).encode("MKV").tokens == ["[CLS]", "m", "k", "v", "[SEP]"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "kmer:3", "kmer:3:overlapping"])
