@@ -1,25 +1,20 @@
 """How many operator calls a microbatch makes on a GPU by the unasked choice: python -m bench.launches [--write]
 
-Counted on a CPU: tensors are torch's "meta" ones, which have shapes and no memory, and dispatch is told that the card
-is there; so each operator, torch's varlen attention too, runs as its own shape rule and is one call. Views and
-allocations launch nothing and are left out. Bytes are those of the tensors that a call takes and gives. Nothing can be
-read from a meta tensor: a choice that waits for the device fails here. Beside it: the attention of
-kernels/reference.py, a loop over the sequences, counted on short real ones, since its calls do not depend on lengths.
+Counted on a CPU, on tensors without memory (cramfast/cost/counted.py). Not in it: gathering gradients, the same for
+every choice, and that a call may be more than one kernel. Beside it: the attention of kernels/reference.py, a loop over
+the sequences, counted on short real ones, since its calls do not depend on lengths.
 """
 
 import argparse
-from collections import Counter
 from pathlib import Path
-from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from cramfast.batches.loader import Batch
 from cramfast.config import ModelConfig
+from cramfast.cost import counted
+from cramfast.cost.counted import Calls
 from cramfast.errors import command
-from cramfast.kernels import dispatch, peers, reference
-from cramfast.model.encoder import Encoder
+from cramfast.kernels import reference
 from cramfast.recipes import starting_config
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -27,52 +22,12 @@ BEGIN, END = "<!-- launches: python -m bench.launches --write -->", "<!-- end of
 CARDS = (("sm_75", torch.float16), ("sm_86", torch.bfloat16), ("sm_120", torch.bfloat16))
 TOKENS, SEQUENCES, LONGEST, MASKED = 65_536, 854, 128, 19_661
 GOAL = 1500  # calls, forward and backward
-ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view")
 
 
-class Calls(TorchDispatchMode):
-    """Counts operator calls that launch work, and the bytes of their tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.bytes = Counter[str](), 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        name = function._schema.name.split("::")[1]
-        if not function.is_view and name not in ALLOCATIONS:
-            self.calls[name] += 1
-            for value in (*args, *(result if isinstance(result, tuple) else (result,))):
-                self.bytes += value.nbytes if isinstance(value, torch.Tensor) else 0
-        return result
-
-
-def microbatch(model: ModelConfig, architecture: str, dtype: torch.dtype, sequences: int) -> tuple[Calls, dict]:
-    """(calls of one forward and backward pass, implementation of each operator) on a card without other packages."""
-    used: dict[str, str] = {}
-
-    def pick(op, tensor, windowed=False):
-        used[op] = dispatch.choose(op, "cuda", dtype, windowed).implementation
-        return used[op], dispatch.IMPLEMENTATIONS[op][used[op]].function
-
-    with (
-        mock.patch.object(dispatch, "architecture", lambda device: architecture),
-        mock.patch.object(dispatch, "pick", pick),
-        mock.patch.object(peers, "installed", lambda module: False),
-        mock.patch.object(Encoder, "initialise", lambda self: None),
-        torch.device("meta"),
-    ):
-        encoder = Encoder(model)
-        for parameter in encoder.parameters():
-            if parameter.dim() >= 2:
-                parameter.data = parameter.data.to(dtype)
-        batch = Batch(
-            torch.empty(TOKENS, dtype=torch.int32), torch.empty(sequences + 1, dtype=torch.int32),
-            torch.empty(MASKED, dtype=torch.long), torch.empty(MASKED, dtype=torch.long), LONGEST, TOKENS,
-        )  # fmt: skip
-        with Calls() as calls:
-            encoder.loss(batch).backward()
-    return calls, used
+def microbatch(model: ModelConfig, architecture: str, dtype: torch.dtype, sequences: int) -> Calls:
+    """Calls of one forward and backward pass by the unasked choice; lengths do not matter to them."""
+    lengths = [TOKENS // sequences] * (sequences - 1)
+    return counted.microbatch(model, architecture, dtype, [*lengths, TOKENS - sum(lengths)], LONGEST, MASKED)
 
 
 def loop(sequences: int) -> int:
@@ -82,7 +37,7 @@ def loop(sequences: int) -> int:
     tables = (torch.ones(2, 16), torch.zeros(2, 16))
     with Calls() as calls:
         reference.varlen_attention(qkv, offsets, 2, tables, None).sum().backward()
-    return sum(calls.calls.values())
+    return calls.counts.total()
 
 
 def table(model: ModelConfig) -> str:
@@ -97,12 +52,12 @@ def table(model: ModelConfig) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for architecture, dtype in CARDS:
-        counted = {n: microbatch(model, architecture, dtype, n) for n in (SEQUENCES, 100, 3000)}
-        calls, used = counted[SEQUENCES]
-        others = ", ".join(f"{sum(counted[n][0].calls.values()):,}" for n in (100, 3000))
+        found = {n: microbatch(model, architecture, dtype, n) for n in (SEQUENCES, 100, 3000)}
+        calls, used = found[SEQUENCES], counted.implementations(architecture, dtype)
+        others = ", ".join(f"{found[n].counts.total():,}" for n in (100, 3000))
         lines.append(
             f"| {architecture}, {str(dtype).removeprefix('torch.')} | {used['attention']} | "
-            f"{sum(calls.calls.values()):,} | {others} | {calls.bytes / 1e9:.0f} | {old:,} |"
+            f"{calls.counts.total():,} | {others} | {calls.bytes / 1e9:.0f} | {old:,} |"
         )
     return "\n".join(lines)
 

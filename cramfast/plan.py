@@ -13,13 +13,14 @@ import torch
 import tyro
 
 from cramfast.config import TrainConfig, require
-from cramfast.cost import calibration, footprint, measurements
+from cramfast.cost import calibration, counted, footprint, measurements
 from cramfast.cost.calibration import Efficiency
 from cramfast.cost.cards import Card, find_card
-from cramfast.cost.forecast import Forecast, Line, ScalingLaw, forecast, read_law
+from cramfast.cost.forecast import Forecast, Line, ScalingLaw, floor_forecast, forecast, read_law
 from cramfast.cost.measurements import Comparison
 from cramfast.cost.roofline import microbatch_parts, parameter_count, update_parts
 from cramfast.errors import command
+from cramfast.kernels import dispatch
 from cramfast.pages.numbers import short, span
 from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.runtime.allocator import keep_freed_memory
@@ -50,9 +51,10 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Plan:
-    """A prediction and what it is held against."""
+    """A prediction and what it is held against; `floor` is that of stock PyTorch, for a card by its name."""
 
     forecast: Forecast
+    floor: Forecast | None
     card: Card
     budget: Budget
     baseline: int
@@ -126,7 +128,8 @@ def make_plan(arguments: Arguments) -> Plan:
         tokens = fitting_microbatch(config, card, baseline)
         efficiencies = calibration.measure(card, microbatch_parts(config, tokens) + update_parts(config), dtype)
     compared = measurements.comparisons(arguments.runs, config, card, efficiencies)
-    return Plan(forecast(config, card, tokens, efficiencies), card, budget, baseline, law, compared)
+    floor = floor_forecast(config, card, tokens) if arguments.gpu else None
+    return Plan(forecast(config, card, tokens, efficiencies), floor, card, budget, baseline, law, compared)
 
 
 def limit(plan: Plan) -> tuple[Line, float]:
@@ -159,6 +162,37 @@ def expected_loss(law: ScalingLaw | None, config: TrainConfig, tokens: float) ->
     return f"{law.loss(N, tokens):.3f}", f"nats per masked token, for the fit's text{beyond}"
 
 
+def speed_rows(plan: Plan, most: str, rate: float, basis: str) -> list[tuple[str, str, str]]:
+    """Tokens/s, and whose operators they assume; for a card by its name, those of its floor too."""
+    config = plan.forecast.config
+    dtype, windowed = getattr(torch, config.dtype), config.model.global_every > 1
+    figure = f"{most}{rate:,.0f}"
+    if plan.floor is None:
+        used = {op: dispatch.choose(op, config.device, dtype).implementation for op in dispatch.OPERATORS}
+        return [("tokens/s", figure, f"operators: {named(used)}; {basis}")]
+    chip = "sm_{}{}".format(*plan.card.capability)
+    used = counted.implementations(chip, dtype)
+    if windowed:
+        used["local attention"] = counted.implementations(chip, dtype, windowed)["attention"]
+    tokens, seconds, _ = plan.floor.run(plan.budget)
+    ours = "cpp for all, our kernels, as far as a trial on the card takes them"
+    return [
+        ("tokens/s", figure, f"operators: {ours}; {basis}"),
+        (
+            "tokens/s of the floor",
+            f"at most {tokens / seconds:,.0f}",
+            f"operators: {named(used)}; each call at its bound",
+        ),
+    ]
+
+
+def named(used: dict[str, str]) -> str:
+    """Implementations in words: the one that most operators have, then the others."""
+    common = max(used.values(), key=list(used.values()).count)
+    rest = [f"{op} {name}" for op, name in used.items() if name != common]
+    return ", ".join([*rest, f"the rest {common}"]) if rest else f"{common} for all"
+
+
 def summary(plan: Plan) -> list[tuple[str, str, str]]:
     """(what, figure, how it is known) of the whole run."""
     made, card, config = plan.forecast, plan.card, plan.forecast.config
@@ -177,7 +211,7 @@ def summary(plan: Plan) -> list[tuple[str, str, str]]:
         ("card", card.name, card.source),
         ("peaks", f"{peak / 1e12:,.3g} TFLOP/s, {card.bandwidth / 1e9:,.0f} GB/s", f"{config.dtype} matmul; memory"),
         ("model", f"{config.preset}, {short(parameters)} parameters", f"sequences of up to {config.sequence_len}"),
-        ("tokens/s", f"{most}{rate:,.0f}", basis),
+        *speed_rows(plan, most, rate, basis),
         ("tokens", f"{most_tokens}{short(tokens)}", spent),
         ("MFU", f"{most}{rate * made.flops_per_token / peak:.0%}", "of the matmul peak above"),
         *memory_rows(plan),

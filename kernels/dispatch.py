@@ -116,12 +116,15 @@ OPERATORS = tuple(IMPLEMENTATIONS)
 _overrides: dict[tuple[str, str], str] = {}  # (op, device) -> implementation
 _settled: dict[tuple[str, str, torch.dtype, bool], tuple[str, str]] = {}  # _place() -> (implementation, reason)
 _picked: dict[tuple, str] = {}  # arguments of _find() -> its result
+_counted_for = ""  # on_card()'s architecture
 
 
 def architecture(device: str) -> str:
     """ "sm_90" of the current GPU, NO_GPU where torch sees none, or the instruction set of our build for the CPU."""
     if device != "cuda":
         return extension.cpu_isa
+    if _counted_for:
+        return _counted_for
     return "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else NO_GPU
 
 
@@ -233,7 +236,7 @@ def pick(op: str, tensor: torch.Tensor, windowed: bool = False) -> tuple[str, Ca
     Raises:
         ValueError: the implementation that was asked for cannot run on it.
     """
-    device = tensor.device.type
+    device = "cuda" if _counted_for and tensor.device.type == "meta" else tensor.device.type
     key = (
         op,
         device,
@@ -326,6 +329,23 @@ def using(op: str, implementation: str, **options) -> Iterator[None]:
         for table, saved in ((_overrides, before), (extension.emulated, calls_before)):
             table.clear()
             table.update(saved)
+
+
+@contextlib.contextmanager
+def on_card(chip: str) -> Iterator[None]:
+    """To count calls: tensors on "meta", without memory, take the floor of a GPU of this architecture, as "sm_86"."""
+    global _counted_for
+    before = (_counted_for, dict(_overrides), dict(_settled), dict(_picked))
+    try:
+        _counted_for = chip
+        for known in (_overrides, _settled, _picked):
+            known.clear()
+        yield
+    finally:
+        _counted_for = before[0]
+        for known, saved in zip((_overrides, _settled, _picked), before[1:], strict=True):
+            known.clear()
+            known.update(saved)
 
 
 def table(device: str) -> list[Choice]:

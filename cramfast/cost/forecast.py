@@ -3,16 +3,27 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from cramfast.config import ModelConfig, TrainConfig
+from cramfast.cost import counted
 from cramfast.cost.calibration import Efficiency
 from cramfast.cost.cards import Card
 from cramfast.cost.losslaw import Law
-from cramfast.cost.roofline import Part, bound, cost, microbatch_parts, parameter_count, update_parts
+from cramfast.cost.roofline import (
+    Part,
+    bound,
+    cost,
+    masked_tokens,
+    matrix_parameters,
+    microbatch_parts,
+    muon_parameters,
+    parameter_count,
+    update_parts,
+)
 from cramfast.errors import UserError
 from cramfast.kernels.cases import ragged_lengths
 from cramfast.model.encoder import flops_per_token
@@ -78,18 +89,56 @@ def forecast(config: TrainConfig, card: Card, tokens: int, efficiencies: Mapping
     """Predict microbatches of `tokens`; an efficiency is looked up by the part's name, then by its operator."""
 
     def lines(parts: list[Part]) -> list[Line]:
-        dtype, found = getattr(torch, config.dtype), []
-        for part in parts:
-            least = bound(card, part.op, *cost(part.op, part.shape, dtype, card.capability is not None))
-            efficiency = efficiencies.get(part.name) or efficiencies.get(part.op) or Efficiency()
-            found.append(Line(part, part.count * least.seconds / efficiency.value, least.by, efficiency))
-        return found
+        return [line(part, config, card, efficiencies) for part in parts]
 
+    microbatch, update = microbatch_parts(config, tokens), update_parts(config)
+    return Forecast(config, tokens, lines(microbatch), lines(update), mean_flops(config, tokens))
+
+
+def floor_forecast(config: TrainConfig, card: Card, tokens: int) -> Forecast:
+    """The same for stock PyTorch's operators on a GPU, each call at its bound: a line for all calls of a name."""
+    dtype = getattr(torch, config.dtype)
+    chip = "sm_{}{}".format(*card.capability)
     lengths = ragged_lengths(tokens, config.sequence_len)
-    attended = sum(n * n for n in lengths) / tokens
+    passing = counted.microbatch(config.model, chip, dtype, lengths, config.sequence_len, masked_tokens(config, tokens))
+    by_adamw = parameter_count(config.model) - muon_parameters(config)
+    matrices = matrix_parameters(config.model) - muon_parameters(config)
+    # What is no operator's call is the same for both: gathering gradients, clearing them, Muon's products, averages.
+    gathered = [part for part in microbatch_parts(config, tokens) if part.name == "gradients"]
+    others = [part for part in update_parts(config) if part.op != "adamw"]
+    return Forecast(
+        config,
+        tokens,
+        [*called(passing, card), *(line(part, config, card, {}) for part in gathered)],
+        [*called(counted.adamw(by_adamw, matrices, dtype), card), *(line(part, config, card, {}) for part in others)],
+        mean_flops(config, tokens),
+    )
+
+
+def line(part: Part, config: TrainConfig, card: Card, efficiencies: Mapping[str, Efficiency]) -> Line:
+    """A part at its bound over its efficiency."""
+    least = bound(card, part.op, *cost(part.op, part.shape, getattr(torch, config.dtype), card.capability is not None))
+    efficiency = efficiencies.get(part.name) or efficiencies.get(part.op) or Efficiency()
+    return Line(part, part.count * least.seconds / efficiency.value, least.by, efficiency)
+
+
+def called(calls: counted.Calls, card: Card) -> list[Line]:
+    """Every call at its bound, those of a name together, in the order in which the names come."""
+    found: dict[str, Line] = {}
+    for call in calls.calls:
+        # Products run on tensor cores; all else moves its tensors.
+        least = bound(card, "linear", call.bytes, call.flops)
+        before = found.get(call.name) or Line(Part(call.name, "call", {}, 0), 0.0, least.by, Efficiency())
+        part = replace(before.part, count=before.part.count + 1)
+        found[call.name] = replace(before, part=part, seconds=before.seconds + least.seconds)
+    return list(found.values())
+
+
+def mean_flops(config: TrainConfig, tokens: int) -> float:
+    """FLOPs of a token, forward and backward, in a microbatch of `tokens` in the middle of a run."""
+    attended = sum(n * n for n in ragged_lengths(tokens, config.sequence_len)) / tokens
     masked = (config.mask_fraction + config.mask_fraction_end) / 2
-    flops = flops_per_token(config.model, masked, attended)
-    return Forecast(config, tokens, lines(microbatch_parts(config, tokens)), lines(update_parts(config)), flops)
+    return flops_per_token(config.model, masked, attended)
 
 
 @dataclass(frozen=True)

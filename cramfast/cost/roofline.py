@@ -84,6 +84,12 @@ def parameter_count(model: ModelConfig) -> int:
         return sum(p.numel() for p in Encoder(model).parameters())
 
 
+def matrix_parameters(model: ModelConfig) -> int:
+    """Those in matrices, of which a run in half precision has a copy."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Encoder(model).parameters() if p.dim() >= 2)
+
+
 def masked_tokens(config: TrainConfig, tokens: int) -> int:
     """Tokens predicted in a microbatch, in the middle of a run."""
     return round((config.mask_fraction + config.mask_fraction_end) / 2 * tokens)
