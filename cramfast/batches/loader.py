@@ -80,10 +80,10 @@ class BatchSource:
         self.max_sequences = max_sequences or min(batch_tokens // 2, int(2 * batch_tokens / mean) + 8)
         self.sequence_len, self.batch_tokens, self.seed = sequence_len, batch_tokens, seed
         self.masking, self.shuffle = masking, shuffle
-        self.scores = None if order == "shuffled" else self._scores(folder, order)
+        self.scores = None if order == "shuffled" else self._scores(folder, text, order)
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def _scores(self, folder: Path, order: str) -> np.ndarray:
+    def _scores(self, folder: Path, text: PreparedText, order: str) -> np.ndarray:
         """What chunks are sorted by, (chunks,), the greatest first."""
         if order == "sentences":
             # Most tokenizers cut at every sign, but byte-level ones join some: ").", ".\n".
@@ -92,7 +92,7 @@ class BatchSource:
             for token, index in vocabulary.items():
                 weights[index] = token.count(".")
         else:
-            counts = np.bincount(self.ids)
+            counts = text.counts()
             weights = np.round(2**20 * np.log2(np.maximum(counts, 1) / len(self.ids))).astype(np.int64)
         sums = np.empty(len(self.lengths), np.int64)
         pack.sum_weights(self.ids, self.starts, self.lengths, weights, sums)

@@ -13,6 +13,7 @@ from cramfast.errors import UserError
 
 REMEDY = "run python -m cramfast.prepare again"
 PARTIAL = ".partial"  # .NAME.partial is a folder that is being written
+COUNTED_AT_ONCE = 1 << 20  # tokens
 MANIFEST_KEYS = ("key", "splits", "files", "vocab_size", "word_count", "ids_dtype", "unigram_entropy_nats")
 
 
@@ -42,6 +43,14 @@ class PreparedText:
             raise UserError(f"{folder / f'{split}.offsets.npy'}: damaged ({error}) — {REMEDY}") from None
         if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != tokens:
             raise UserError(f"{folder / f'{split}.offsets.npy'}: does not fit {split}.ids — {REMEDY}")
+
+    def counts(self) -> np.ndarray:
+        """(V,), how often each entry occurs; read in pieces, since numpy counts in 8 bytes a token."""
+        found = np.zeros(self.manifest["vocab_size"], np.int64)
+        for begin in range(0, len(self.ids), COUNTED_AT_ONCE):
+            piece = np.fromfile(self.ids.filename, self.ids.dtype, COUNTED_AT_ONCE, offset=begin * self.ids.itemsize)
+            found += np.bincount(piece, minlength=len(found))
+        return found
 
 
 def is_prepared(folder: Path) -> bool:

@@ -37,7 +37,7 @@ def render(folder: Path) -> str:
     train, heldout = (PreparedText(folder, split) for split in ("train", "heldout"))
     manifest, findings = train.manifest, read_json(folder / "curation.json")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    counts = np.bincount(train.ids, minlength=manifest["vocab_size"])
+    counts = train.counts()
     lengths = np.concatenate([np.diff(train.offsets), np.diff(heldout.offsets)])
     parts = [
         "<h1>Prepared text</h1>",

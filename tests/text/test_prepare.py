@@ -21,7 +21,7 @@ from cramfast.errors import UserError, command
 from cramfast.prepare import prepare
 from cramfast.runtime.progress import Stages
 from cramfast.session.runfolder import COPIED
-from cramfast.text import lines, splits
+from cramfast.text import lines, prepared, splits
 from cramfast.text.corpus import Corpus
 from cramfast.text.curation import Curator
 from cramfast.text.files import find_files
@@ -146,6 +146,14 @@ def test_the_key_is_that_of_the_text_before_it_was_read(tmp_path):
     folder = prepare((data,), None, **OPTIONS, progress=lambda *call: os.utime(data, (0, 0)))
     assert read_manifest(folder)["key"] == folder.name
     assert prepare((data,), None, **OPTIONS) != folder
+
+
+def test_tokens_are_counted_in_pieces(tmp_path, monkeypatch):
+    text = PreparedText(prepare((write_text(tmp_path / "a.txt"),), tmp_path / "out", **OPTIONS), "train")
+    expected = np.bincount(text.ids, minlength=text.manifest["vocab_size"])
+    for size in (len(text.ids) + 1, len(text.ids), 1000, 7):
+        monkeypatch.setattr(prepared, "COUNTED_AT_ONCE", size)
+        assert (text.counts() == expected).all() and text.counts().sum() == len(text.ids)
 
 
 def test_a_given_tokenizer_is_used(tmp_path):
