@@ -131,19 +131,27 @@ def microbatch(
         longest: length that no sequence exceeds.
         masked: tokens that are predicted.
     """
-    tokens, sequences = sum(lengths), len(lengths)
     with dispatch.on_card(chip), torch.device("meta"):
+        encoder, batch = without_memory(model, dtype, lengths, longest, masked)
+        with Calls(lengths) as calls, Fused(calls):
+            encoder.loss(batch).backward()
+    return calls
+
+
+def without_memory(
+    model: ModelConfig, dtype: torch.dtype, lengths: Sequence[int], longest: int, masked: int
+) -> tuple[Encoder, Batch]:
+    """A model with matrices of `dtype` and a batch for it, as microbatch() takes them, on the "meta" device."""
+    tokens = sum(lengths)
+    with torch.device("meta"):
         encoder = Encoder(model)
         for parameter in encoder.parameters():
             if parameter.dim() >= 2:
                 parameter.data = parameter.data.to(dtype)
-        batch = Batch(
-            torch.empty(tokens, dtype=torch.int32), torch.empty(sequences + 1, dtype=torch.int32),
+        return encoder, Batch(
+            torch.empty(tokens, dtype=torch.int32), torch.empty(len(lengths) + 1, dtype=torch.int32),
             torch.empty(masked, dtype=torch.long), torch.empty(masked, dtype=torch.long), longest, tokens,
         )  # fmt: skip
-        with Calls(lengths) as calls, Fused(calls):
-            encoder.loss(batch).backward()
-    return calls
 
 
 def adamw(parameters: int, matrices: int, dtype: torch.dtype) -> Calls:

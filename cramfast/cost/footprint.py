@@ -20,12 +20,14 @@ def kept_bytes(config: TrainConfig, tokens: int) -> int:
     """What the forward pass of a microbatch keeps for the backward pass.
 
     A layer keeps its normalised input, the stream before and after attention (D each), q, k, v (3 D), the mixed values
-    (D), the pre-activations (2 F) and what the gate makes of them (F). The last layer goes on with the masked rows
-    after its attention. The loss keeps the gradients of its rows and, in float32, of the decoder.
+    (D), the pre-activations (2 F) and what the gate makes of them (F); on a GPU the mixed values twice, since the
+    floor's attention clears rows of no sequence in a copy. The last layer goes on with the masked rows after its
+    attention. The loss keeps the gradients of its rows and, in float32, of the decoder.
     """
     model, M = config.model, masked_tokens(config, tokens)
     D, F = model.width, model.feedforward
-    layer, attention = 7 * D + 3 * F, 6 * D
+    mixed = 2 * D if config.device == "cuda" else D
+    layer, attention = 6 * D + mixed + 3 * F, 6 * D
     head = (6 if model.head else 3) * D
     rows = tokens * ((model.layers - 1) * layer + attention) + M * (2 * D + 3 * F + head)
     statistics = 4 * tokens * model.layers * (4 + model.heads)  # mean and 1 / deviation of two norms; log-sum-exp

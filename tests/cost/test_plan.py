@@ -9,12 +9,13 @@ import torch
 from bench.plan import random_batch
 from cramfast import plan
 from cramfast.config import to_json
-from cramfast.cost import calibration, footprint, measurements
+from cramfast.cost import calibration, counted, footprint, measurements
 from cramfast.cost.calibration import Efficiency
 from cramfast.cost.cards import Card, find_card
 from cramfast.cost.forecast import forecast, read_law
-from cramfast.cost.roofline import Part, microbatch_parts, muon_parameters, update_parts
+from cramfast.cost.roofline import Part, masked_tokens, microbatch_parts, muon_parameters, update_parts
 from cramfast.errors import UserError
+from cramfast.kernels import dispatch
 from cramfast.model.encoder import Encoder
 from cramfast.optim.flat import FlatParameters
 from cramfast.optim.make import OPTIMIZERS, make_optimizer
@@ -93,6 +94,32 @@ def test_what_the_forward_pass_keeps(preset):
     for parameter in model.parameters():
         held.pop(parameter.untyped_storage().data_ptr(), None)
     assert loss.requires_grad and sum(held.values()) == pytest.approx(footprint.kept_bytes(config, 512), rel=0.02)
+
+
+@pytest.mark.parametrize(("chip", "dtype"), [("sm_75", "float16"), ("sm_86", "bfloat16")])
+def test_what_the_floor_keeps(chip, dtype):
+    """Counted where torch sees no GPU: the storages that the floor's operators save, on tensors without memory."""
+    config = replace(starting_config("base", None, "cuda"), device="cuda", dtype=dtype)
+    config = replace(config, model=replace(config.model, layers=6))
+    model, batch = counted.without_memory(
+        config.model, getattr(torch, dtype), (128,) * 64, 128, masked_tokens(config, 64 * 128)
+    )
+    held = {}
+
+    def keep(tensor):
+        held[tensor.untyped_storage()._cdata] = tensor  # which keeps the storage, so that no other gets its address
+        return tensor
+
+    with (
+        dispatch.on_card(chip),
+        torch.device("meta"),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        loss = model.loss(batch)
+    for parameter in model.parameters():
+        held.pop(parameter.untyped_storage()._cdata, None)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    assert loss.requires_grad and found == pytest.approx(footprint.kept_bytes(config, 64 * 128), rel=0.02)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
