@@ -45,8 +45,8 @@ class ModelConfig:
     """Added to the variance in the LayerNorms."""
     positions: Literal["rotary", "sinusoidal"] = "rotary"
     """Rotary embeddings of queries and keys, or sinusoids added to the input."""
-    rope_theta_global: float = 10000.0
-    """Base of the rotary angles in global layers."""
+    rope_theta_global: float = 160000.0
+    """Base of the rotary angles in global layers; stock ModernBERT's own, so that every transformers reads it."""
     rope_theta_local: float = 10000.0
     """Base of the rotary angles in local layers."""
     window: int = 128

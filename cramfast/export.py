@@ -7,7 +7,8 @@ A model that ModernBERT cannot express is written in our own form, which `load` 
 import json
 import math
 import shutil
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,14 +19,16 @@ from torch import Tensor
 
 from cramfast.config import ModelConfig, from_json, to_json
 from cramfast.errors import UserError, command
-from cramfast.hf.check import TOLERANCE, max_difference
+from cramfast.hf.check import TOLERANCE, max_difference, read_sentences
 from cramfast.hf.modelcard import card
+from cramfast.hf.tokens import words_alone_are_those_of_a_text
 from cramfast.model.encoder import Encoder
 from cramfast.runtime import atomic
 from cramfast.runtime.arguments import program
 from cramfast.runtime.jsonfile import read_json
 from cramfast.session.checkpoint import load_model
 from cramfast.session.record import read_record
+from cramfast.text.giventokenizer import mended
 
 FILES = frozenset(
     (
@@ -72,27 +75,57 @@ def export(run_dir: Path, out_dir: Path, check: bool = True, overwrite: bool = F
     tokenizer = _read_tokenizer(run_dir / "tokenizer.json", config)
     reason = own_loader_reason(config)
     partial = out_dir.with_name(f".{out_dir.name}.partial")
-    difference = math.nan
+    difference, words_alone = math.nan, None
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL.items()}
-        written = own_config(config, model.fills_masks) if reason else hf_config(config, ids, model.fills_masks)
-        tensors = own_tensors(model) if reason else hf_tensors(model)
-        _write_json(partial / "config.json", written)
-        save_file(tensors, partial / "model.safetensors", {"format": "pt"})
-        # safetensors lets only the owner read what it writes; the other files follow the umask.
-        (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
-        _write_tokenizer(run_dir / "tokenizer.json", partial, config)
+        _write(partial, model, config, tokenizer, run_dir)
         if check:
             difference = _own_difference(partial, model) if reason else max_difference(partial, model, run_dir)
-        atomic.write_text(partial / "README.md", card(record, config, difference, reason))
+            words_alone = None if reason else words_alone_are_those_of_a_text(partial, read_sentences(run_dir))
+        atomic.write_text(partial / "README.md", card(record, config, difference, reason, words_alone))
         _replace(partial, out_dir)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out_dir}: cannot be written ({error}) — free disk space or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return ExportResult(out_dir, difference, reason)
+
+
+def rehearse(config: ModelConfig, fills_masks: bool, prepared: Path) -> None:
+    """Export a model of this shape with weights that are not trained, check it, and throw it away: what would keep the
+    export of a run back is known before its budget is spent.
+
+    Args:
+        fills_masks: whether its decoder will be trained.
+        prepared: the text, whose tokenizer it gets.
+
+    Raises:
+        UserError: as export(), of the check.
+    """
+    if own_loader_reason(config):
+        return  # nothing that stock transformers could read otherwise
+    # One layer of each kind, and one more: the others are alike.
+    config = replace(config, layers=min(config.layers, max(2, config.global_every + 1)))
+    tokenizer = _read_tokenizer(prepared / "tokenizer.json", config)
+    with torch.random.fork_rng(devices=[]):
+        model = Encoder(config).eval()
+    model.fills_masks = fills_masks
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder), model, config, tokenizer, prepared)
+        max_difference(Path(folder), model, prepared)
+
+
+def _write(folder: Path, model: Encoder, config: ModelConfig, tokenizer: Tokenizer, source: Path) -> None:
+    """Config, weights and tokenizer (from the folder `source`)."""
+    ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL.items()}
+    own = own_loader_reason(config)
+    written = own_config(config, model.fills_masks) if own else hf_config(config, ids, model.fills_masks)
+    _write_json(folder / "config.json", written)
+    save_file(own_tensors(model) if own else hf_tensors(model), folder / "model.safetensors", {"format": "pt"})
+    # safetensors lets only the owner read what it writes; the other files follow the umask.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+    _write_tokenizer(source / "tokenizer.json", folder, config)
 
 
 def load(folder: str | Path) -> tuple[Encoder, Tokenizer]:
@@ -162,7 +195,8 @@ def hf_config(config: ModelConfig, ids: dict[str, int], fills_masks: bool = True
         "classifier_activation": "gelu" if config.head else "linear",
         "classifier_pooling": "mean",
         "sparse_prediction": False,
-        "tie_word_embeddings": True,
+        # Untied, so that transformers says of a decoder that was never trained that its weights are new.
+        "tie_word_embeddings": fills_masks,
         "torch_dtype": "float32",
         "pad_token_id": ids["pad"],
         "bos_token_id": ids["cls"],
@@ -238,7 +272,11 @@ def _read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
 
 
 def _write_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
-    shutil.copyfile(source, folder / "tokenizer.json")
+    tokenizer, changes = mended(Tokenizer.from_file(str(source)))  # an older run's may frame pairs otherwise
+    if changes:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    else:
+        shutil.copyfile(source, folder / "tokenizer.json")
     special = {f"{name}_token": token for name, token in SPECIAL.items()}
     _write_json(folder / "special_tokens_map.json", special)
     # model_input_names: ModernBERT takes no token_type_ids, and 4.57 raises TypeError when it gets some.

@@ -145,6 +145,18 @@ def larger_model(asked: TrainConfig, fitted: TrainConfig) -> str:
     )
 
 
+def rehearse_export(config: TrainConfig, prepared: Path) -> None:
+    """Export and check a model of this shape before it is trained, so that no budget is spent on one that cannot be.
+
+    Raises:
+        UserError: transformers would read the model or its texts otherwise than they were trained.
+    """
+    try:
+        export.rehearse(config.model, config.objective != "rtd", prepared)
+    except UserError as error:
+        raise UserError(f"before the first step: {error}") from None
+
+
 def publish(run_dir: Path) -> None:
     """Hugging Face folder with checked logits, report, fill-mask demo, and where everything lies.
 

@@ -289,6 +289,8 @@ def carry_out(request: Request, team: Team) -> None:
     with runfolder.locked(request.run_dir) if team.rank == 0 else nullcontext():
         team.first(lambda: runfolder.create(request.run_dir, config, prepared, request.replay))
         print(f"run folder {request.run_dir}", flush=True)
+        if not request.resuming:
+            team.first(lambda: stages.rehearse_export(fitted, prepared))
         stages.qualify_kernels(request, fitted, prepared, team)
         if not train(fitted, request.run_dir, prepared, budget, team):
             print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}", flush=True)

@@ -20,6 +20,7 @@ from cramfast.evaluate.masked import Hidden, batches
 from cramfast.model.encoder import Encoder
 from cramfast.runtime.jsonfile import read_json
 from cramfast.session import checkpoint
+from cramfast.text.tokenizer import for_text
 
 SPECIAL = ("[CLS]", "[SEP]", "[MASK]", "[UNK]")
 LOGIT_ROWS = 1024  # rows of the decoder's output held at once
@@ -120,7 +121,7 @@ def load(folder: Path) -> Checkpoint:
     kind = read_json(folder / "config.json").get("model_type")
     if kind == export.OWN_TYPE:
         encoder, tokenizer = export.load(folder)
-        return Checkpoint(folder, name, encoder, quiet(tokenizer), None, None)
+        return Checkpoint(folder, name, encoder, for_text(tokenizer), None, None)
     if kind == "modernbert":
         encoder, bias = read_modernbert(folder)
         return Checkpoint(folder, name, encoder, _read_tokenizer(folder), bias, None)
@@ -144,17 +145,9 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"{path}: missing — restore it")
     try:
-        return quiet(Tokenizer.from_file(str(path)))
+        return for_text(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises the bare class for any malformed file
         raise UserError(f"{path}: not a tokenizer ({error}) — restore the file") from error
-
-
-def quiet(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, told to cut and pad nothing, and that [MASK] written in a text is text, as in training."""
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def read_modernbert(folder: Path) -> tuple[Encoder, Tensor | None]:
@@ -210,7 +203,8 @@ def modernbert_config(written: dict, where: str) -> ModelConfig:
     one_of("attention_bias", written.get("attention_bias", False), False)
     one_of("mlp_bias", written.get("mlp_bias", False), False)
     one_of("classifier_bias", written.get("classifier_bias", False), False)
-    one_of("tie_word_embeddings", written.get("tie_word_embeddings", True), True)
+    if written.get("architectures") != ["ModernBertModel"]:  # that has no decoder to tie
+        one_of("tie_word_embeddings", written.get("tie_word_embeddings", True), True)
     try:
         return ModelConfig(
             vocab_size=written["vocab_size"],

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from cramfast.errors import UserError
-from cramfast.evaluate.checkpoints import NotOurs, load, name_of, quiet
+from cramfast.evaluate.checkpoints import NotOurs, load, name_of
 from cramfast.evaluate.masked import Hidden, MaskedModel
 from cramfast.hf.check import quiet_transformers
+from cramfast.text.tokenizer import for_text
 
 BATCH_TOKENS = 2048  # of one forward pass, padding included; the logits of all of them are held at once
 REFUSALS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError)
@@ -119,7 +120,7 @@ def load_stock(folder: Path) -> StockModel:
     if absent := [key for key, number in ids.items() if number is None]:
         raise UserError(f"{folder}: the tokenizer has no {absent[0]} token — a masked-language model needs one")
     unk = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
-    name, fast = f"{name_of(folder)}, by transformers", quiet(tokenizer.backend_tokenizer)
+    name, fast = f"{name_of(folder)}, by transformers", for_text(tokenizer.backend_tokenizer)
     return StockModel(folder, name, module.eval(), fast, unk=unk, max_len=longest_sequence(module), **ids)
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cramfast.errors import UserError
+from cramfast.hf.tokens import compare_tokens
 from cramfast.model.encoder import Encoder
 
 TOLERANCE = 1e-4  # largest difference of a float32 logit; a right export of a short training stays near 1e-5
@@ -35,7 +36,7 @@ def max_difference(folder: Path, model: Encoder, run_dir: Path) -> float:
     tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
     sentences = read_sentences(run_dir)
     with quiet_transformers():
-        _compare_tokens(folder, tokenizer, sentences)
+        compare_tokens(folder, tokenizer, sentences)
         stock = _load(folder)
         largest = 0.0
         with torch.no_grad():
@@ -92,6 +93,7 @@ def _load(folder: Path):
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         config.reference_compile = False  # 4.57 would compile the model on a GPU machine
+        config.tie_word_embeddings = True  # also where the decoder was not trained: its logits still compare the rest
         stock, info = AutoModelForMaskedLM.from_pretrained(
             folder,
             config=config,
@@ -109,21 +111,6 @@ def _load(folder: Path):
             names = ", ".join(sorted(map(str, info[kind]))[:3])
             raise UserError(f"export check: transformers reports {kind} {names} — the export was not kept")
     return stock.eval()
-
-
-def _compare_tokens(folder: Path, tokenizer: Tokenizer, sentences: list[str]) -> None:
-    from transformers import AutoTokenizer
-
-    stock = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    sample = sentences[:64]
-    encoded = stock(sample)
-    if set(encoded) != {"input_ids", "attention_mask"}:
-        raise UserError(f"export check: the tokenizer returns {sorted(encoded)} — the export was not kept")
-    for sentence, theirs in zip(sample, encoded["input_ids"], strict=True):
-        if theirs != tokenizer.encode(sentence).ids:
-            raise UserError(
-                f"export check: AutoTokenizer splits {sentence[:60]!r} differently — the export was not kept"
-            )
 
 
 def _batches(model: Encoder, tokenizer: Tokenizer, sentences: list[str]) -> Iterator[list[list[int]]]:

@@ -23,10 +23,14 @@ print(fill(f"The capital of France is {fill.tokenizer.mask_token}."))
 
 `AutoModelForSequenceClassification` and `AutoModelForTokenClassification` load it for fine-tuning.
 
-This is a ModernBERT for `transformers` 4.57 and 5.x. `config.json` holds the keys of both; `save_pretrained` of 5.x
-drops those that 4.57 reads, which then computes other logits without a warning. **After re-saving under 5.x, put this
-`config.json` back.**
+This is a ModernBERT for `transformers` 4.57 and 5.x.{resaved}
 """
+
+# Of global and local layers in 4.57, where save_pretrained of 5.x left the keys out that it reads.
+DEFAULT_THETAS = (160_000.0, 10_000.0)
+RESAVED = """ `config.json` holds the keys of both; `save_pretrained` of 5.x
+drops those that 4.57 reads, which then computes other logits without a warning. **After re-saving under 5.x, put this
+`config.json` back.**"""
 
 OWN = """## Load it
 
@@ -52,8 +56,19 @@ encoder = AutoModel.from_pretrained("path/to/this/folder")
 ```
 
 It was pretrained by replaced-token detection (ELECTRA), so **it fills no masks**: no decoder was trained. The
-prediction head (`head.*`) is the one under the detector, which is not exported. `AutoModelForSequenceClassification`
+prediction head (`head.*`) is the one under the detector, which is not exported. `AutoModelForMaskedLM` gives it new,
+random decoder weights, and says so. `AutoModelForSequenceClassification`
 and `AutoModelForTokenClassification` load the folder for fine-tuning.
+"""
+
+WORDS_ALONE = """
+Words that are given one by one (`is_split_into_words=True`, as scripts for named entities do) are the tokens that they
+are in a sentence.
+"""
+
+WORDS_ALONE_DIFFER = """
+**Words that are given one by one (`is_split_into_words=True`) are other tokens than in a sentence**, not seen in
+training: for named entities, join the words by spaces and align labels by `return_offsets_mapping`.
 """
 
 NO_HEAD = """
@@ -62,7 +77,9 @@ are exact, while hidden states from `AutoModel` come before the weight of the fi
 """
 
 
-def card(record: Record, config: ModelConfig, difference: float, own_loader_reason: str) -> str:
+def card(
+    record: Record, config: ModelConfig, difference: float, own_loader_reason: str, words_alone: bool | None = None
+) -> str:
     """The model card as Markdown.
 
     Args:
@@ -70,6 +87,7 @@ def card(record: Record, config: ModelConfig, difference: float, own_loader_reas
         config: of the model.
         difference: largest difference to transformers' logits, NaN when not compared.
         own_loader_reason: why stock transformers cannot load the folder, "" when it can.
+        words_alone: whether words given one by one are the tokens that they are in a sentence; None: not tried.
     """
     detected = record.config.get("objective") == "rtd"
     pipeline = "feature-extraction" if detected else "fill-mask"
@@ -81,10 +99,15 @@ def card(record: Record, config: ModelConfig, difference: float, own_loader_reas
         "".join(f"{key}: {value}\n" for key, value in head.items()) + "tags:\n" + "".join(f"- {tag}\n" for tag in tags)
     )
     loading = OWN.format(reason=own_loader_reason) if own_loader_reason else DETECTED if detected else STOCK
+    if not own_loader_reason:
+        resaved = (config.rope_theta_global, config.rope_theta_local) != DEFAULT_THETAS
+        loading = loading.replace("{resaved}", RESAVED if resaved else "")
     if own_loader_reason and detected:
         loading += "\nIt was pretrained by replaced-token detection: its `logits` are untrained, it fills no masks.\n"
     if not own_loader_reason and not config.head:
         loading += NO_HEAD
+    if words_alone is not None:
+        loading += WORDS_ALONE if words_alone else WORDS_ALONE_DIFFER
     figures = tiles(record) + [(key, str(record.run[key])) for key in ("device",) if key in record.run]
     parts = [
         f"---\n{front}---",

@@ -24,6 +24,7 @@ VOCAB_MULTIPLE = 64  # rows of the decoder matrix, so that its matmul tiles are 
 LONG = re.compile(f"[a-z0-9]{{{LONGEST_WORD + 1},}}")
 INNER = tuple("##" + letter for letter in string.digits + string.ascii_lowercase)  # each letter inside a word
 SIGN = re.compile(f"[{KEPT}]")
+UNUSED = re.compile(r"\[unused\d+\]")
 
 
 def is_trained(kind: str) -> bool:
@@ -168,6 +169,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def for_text(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that reads a text as training does. Our special tokens written in it are text; those that a tokenizer
+    brought itself, as [NAME] where a name was removed, are themselves, as they are for the model that is exported."""
+    parts = json.loads(tokenizer.to_str())
+    if tuple(map(tokenizer.id_to_token, range(FIRST_WORD))) == SPECIAL_TOKENS:
+        for token in parts["added_tokens"]:
+            token["special"] &= token["content"] in SPECIAL_TOKENS or UNUSED.fullmatch(token["content"]) is not None
+    reader = Tokenizer.from_str(json.dumps(parts))
+    reader.encode_special_tokens = True
+    reader.no_truncation()
+    reader.no_padding()
+    return reader
 
 
 def word_count(tokenizer: Tokenizer) -> int:

@@ -18,7 +18,7 @@ from cramfast.text.bytebpe import byte_level
 from cramfast.text.kmers import Kmers
 from cramfast.text.specials import SEP
 from cramfast.text.spelling import ascii_of
-from cramfast.text.tokenizer import wordpiece
+from cramfast.text.tokenizer import for_text, wordpiece
 from cramfast.text.wordpieces import KINDS, LETTER, OTHER, SIGN, SPACE, Pieces
 
 SLOTS = 1 << 23  # of the hash table; 32 MB, touched only where used
@@ -53,12 +53,11 @@ class WordCache:
     before.
 
     A tokenizer whose parts are not the ones of cramfast.text.tokenizer is called for each document instead: it may look
-    across words. The literal text "[MASK]" in a document is text, never a special token.
+    across words. Special tokens in a document are as for_text() has them.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        tokenizer.encode_special_tokens = True
+        self.tokenizer = tokenizer = for_text(tokenizer)
         self.splits_at_words = _splits_at_words(tokenizer)
         self.kmers = Kmers.of(tokenizer)
         if self.splits_at_words:

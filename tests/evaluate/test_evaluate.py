@@ -15,6 +15,7 @@ from cramfast.evaluate import blimp, checkpoints, masked, owntask, perplexity
 from cramfast.export import export
 from cramfast.session import checkpoint
 from cramfast.session.record import read_record
+from cramfast.text.tokenizer import for_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOCAL = {"window": 16, "global_every": 2, "rope_theta_global": 160000.0, "rope_theta_local": 5000.0}
@@ -179,9 +180,7 @@ def test_whole_words_are_hidden_whole(model):
 def test_special_tokens_written_in_a_text_are_text(run):
     texts = ["the cat [MASK] sat [SEP] on [PAD] the [CLS] mat [UNK] " * 20] * 10
     models = [checkpoints.load(run)]
-    models.append(
-        checkpoints.Checkpoint(run, "other", models[0].encoder, checkpoints.quiet(other_tokenizer()), None, None)
-    )
+    models.append(checkpoints.Checkpoint(run, "other", models[0].encoder, for_text(other_tokenizer()), None, None))
     for model in models:
         targets, spans = [], []
         for encoding, chosen, text in perplexity.hide(model, texts, perplexity.Masks(fraction=0.3)):

@@ -88,6 +88,33 @@ def test_masked_language_model(tmp_path, changes):
     assert float((ours - theirs).abs().max()) <= TOLERANCE
 
 
+def test_saved_again_it_reads_the_same_in_4_57(tmp_path):
+    """What save_pretrained of 5.x leaves out of config.json is what 4.57 takes by itself; .ci/run has both."""
+    config = tiny_config(layers=4, global_every=3, window=16)
+    folder = export(make_run(tmp_path / "run", config), tmp_path / "out").path
+    stock(AutoModelForMaskedLM, folder).save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    found = written.get("global_rope_theta", 160_000.0), written.get("local_rope_theta", 10_000.0)
+    assert found == (config.rope_theta_global, config.rope_theta_local)
+    assert written.get("global_attn_every_n_layers", 3) == 3 and written["local_attention"] == 16
+    assert "put this" not in (folder / "README.md").read_text()
+    other = export(make_run(tmp_path / "other", tiny_config(**LOCAL)), tmp_path / "theta").path
+    assert "put this\n`config.json` back" in (other / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_a_decoder_that_was_never_trained_is_new_in_transformers(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", tiny_config())
+    model, config = load_model(run)
+    model.fills_masks = False  # replaced-token detection
+    monkeypatch.setattr(cramfast.export, "load_model", lambda folder: (model, config))
+    folder = export(run, tmp_path / "out").path
+    _, report = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert sorted(report["missing_keys"]) == ["decoder.weight"]
+    _, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+
+
 @torch.no_grad()
 def test_backbone_and_sequence_classification(run, exported):
     model, _ = load_model(run)
