@@ -3,10 +3,10 @@
 import signal
 import sys
 
-from cramfast.errors import leave_at_once
+from cramfast.errors import leave_at_once, stop_signals
 
 # `python -m cramfast.NAME` goes on to import torch for seconds, before errors.command(); the console command takes care
 # of itself in __main__.py.
 if sys.argv[:1] == ["-m"]:
-    signal.signal(signal.SIGINT, leave_at_once)
-    signal.signal(signal.SIGTERM, leave_at_once)
+    for number in stop_signals():
+        signal.signal(number, leave_at_once)

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from cramfast.errors import UserError, command, leave_at_once
+from cramfast.errors import UserError, command, leave_at_once, stop_signals
 
 # Name, and what it does; a package among them keeps its command line in its own __main__.py.
 COMMANDS = {
@@ -59,7 +59,7 @@ def version() -> str:
 
 def main() -> None:
     """Print the help, or hand the rest of the command line to a command."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, leave_at_once)  # while a command imports torch
     front = "python -m cramfast" if Path(sys.argv[0]).name == "__main__.py" else "cramfast"
     name, *words = sys.argv[1:] or ["--help"]

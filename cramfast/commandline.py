@@ -3,20 +3,41 @@
 import argparse
 import os
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config
+from cramfast.config import TrainConfig, config_hash, differing_key, flatten, profiled_steps, read_config
 from cramfast.errors import UserError
 from cramfast.recipes import choose_device, resolve, starting_config
 from cramfast.runtime import distributed
 from cramfast.runtime.arguments import VOCABULARY, program, under_one_name
+from cramfast.session.budget import parse_budget
 from cramfast.session.runfolder import find_resumed, new_name
 from cramfast.text import hub
-from cramfast.text.tokenizer import is_trained
+from cramfast.text.tokenizer import KINDS, is_trained
+
+# Key -> whether it changes nothing, and what would make it count.
+IDLE: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
+    "muon_rate": (lambda config: config.optimizer != "muon", "use --optimizer muon"),
+    "short_fraction": (lambda config: config.short_sequence_len == 0, "use --short-sequence-len"),
+    "ramp_fraction": (
+        lambda config: round(config.batch_tokens / config.microbatch_tokens) <= 1,
+        "use --batch-tokens of several --microbatch-tokens",
+    ),
+    "probe_pairs": (lambda config: not config.probe_data, "use --probe-data"),
+    "curation.similarity": (
+        lambda config: config.curation.duplicates != "near",
+        "use --curation.duplicates near",
+    ),
+    "model.window": (lambda config: config.model.global_every == 1, "use --model.global-every 3"),
+    "model.rope_theta_local": (lambda config: config.model.global_every == 1, "use --model.global-every 3"),
+    "model.rope_theta_global": (lambda config: config.model.positions != "rotary", "use --model.positions rotary"),
+    "model.vocab_size": (lambda config: config.tokenizer not in KINDS, "use --tokenizer wordpiece or bpe"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,8 @@ class Arguments:
     """Folder of the run; by default runs/<time>-<preset>."""
     resume: str | None = None
     """Run folder to go on with, or auto: the newest run (or --run-dir) if there is one, else a new run."""
+    schedule_from_here: bool = False
+    """With --resume: the learning rate rises and falls once more over what is left of the budget."""
     replay: Path | None = None
     """Run folder whose recorded budget is followed step by step, so that its weights come out again."""
 
@@ -42,6 +65,7 @@ class Request:
 
     Attributes:
         curation_flags: keys of the curation that flags name; the others are a recipe's, or a run's.
+        budget_before: of the run that is resumed; "" of a new one.
     """
 
     config: TrainConfig
@@ -49,6 +73,8 @@ class Request:
     resuming: bool
     replay: Path | None
     curation_flags: tuple[str, ...]
+    budget_before: str = ""
+    schedule_from_here: bool = False
 
 
 def parse(args: list[str] | None = None) -> Request:
@@ -86,9 +112,28 @@ def parse(args: list[str] | None = None) -> Request:
     run_dir = resumed or arguments.run_dir or new_name(config.preset)
     if not resumed and (run_dir / "config.json").exists():
         raise UserError(f"{run_dir}: holds a run already — go on with --resume {run_dir}, or choose another --run-dir")
-    names = [word.partition("=")[0].replace("-", "_") for word in others if word.startswith("--curation.")]
-    curation_flags = tuple(name.removeprefix("__curation.") for name in names)
-    return Request(config, run_dir, resumed is not None, arguments.replay, curation_flags)
+    if arguments.schedule_from_here and not resumed:
+        raise UserError("--schedule-from-here without --resume: a new run's schedule begins here — leave it out")
+    flags = [word.partition("=")[0][2:].replace("-", "_") for word in others if word.startswith("--")]
+    refuse_idle(config, flags)
+    curation_flags = tuple(name.removeprefix("curation.") for name in flags if name.startswith("curation."))
+    before = default.budget if resumed else ""
+    again = arguments.schedule_from_here
+    return Request(config, run_dir, resumed is not None, arguments.replay, curation_flags, before, again)
+
+
+def refuse_idle(config: TrainConfig, flags: list[str]) -> None:
+    """Raise UserError for a flag that changes nothing with the others, for whoever gave it expects that it does.
+
+    Args:
+        flags: keys that the command line names, with "_" for "-".
+    """
+    for key, (idle, remedy) in IDLE.items():
+        if key in flags and idle(config):
+            raise UserError(f"--{key.replace('_', '-')} has no effect here — leave it out, or {remedy}")
+    budget, profiled = parse_budget(config.budget), config.profile_steps and profiled_steps(config.profile_steps)
+    if profiled and budget.unit == "steps" and profiled[0] > budget.amount:
+        raise UserError(f"--profile-steps {config.profile_steps}: the run ends at step {budget.amount:.0f} — use less")
 
 
 def located(config: TrainConfig) -> TrainConfig:

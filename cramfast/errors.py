@@ -31,15 +31,21 @@ def note(text: str) -> None:
     print(f"note: {printable(' '.join(text.split()))}", file=sys.stderr)
 
 
+def stop_signals() -> list[int]:
+    """SIGINT, SIGTERM, and SIGHUP of a terminal that is closed, but under nohup, which ignores it."""
+    hangup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
 def command(main: Callable[[], None]) -> None:
     """Run a command line; a UserError becomes one red line and exit status 2, never a traceback.
 
-    SIGTERM ends it as Ctrl-C does: by an exception, so that half-written files are removed. Output that nobody reads
-    any more, as after `| head`, ends it without a word. File names that are no Unicode are printed with escapes in
-    place of what cannot be encoded.
+    SIGTERM and SIGHUP end it as Ctrl-C does: by an exception, so that half-written files are removed. Output that
+    nobody reads any more, as after `| head`, ends it without a word. File names that are no Unicode are printed with
+    escapes in place of what cannot be encoded.
     """
     sys.stdout.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, signal.default_int_handler)
     from rich.console import Console
     from rich.markup import escape
@@ -72,6 +78,6 @@ def reader_left() -> bool:
 
 
 def leave_at_once(number: int, frame: FrameType | None) -> None:
-    """Handler of SIGINT and SIGTERM during imports, where an exception would end in a traceback of another library."""
+    """Handler of stop_signals() during imports, where an exception would end in a traceback of another library."""
     os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)

@@ -11,13 +11,15 @@ from cramfast import export, prepare, report
 from cramfast.commandline import Request
 from cramfast.config import TrainConfig, flatten
 from cramfast.cost.roofline import parameter_count
-from cramfast.errors import UserError
+from cramfast.errors import UserError, note
 from cramfast.hf import demo
+from cramfast.optim import schedule
 from cramfast.pages.numbers import short, span
 from cramfast.qualify import resolve
 from cramfast.runtime.distributed import Team
 from cramfast.runtime.progress import Stages
 from cramfast.session import checkpoint, kernelchoice
+from cramfast.session.budget import UNITS_KEPT, Progress, parse_budget
 from cramfast.session.microbatch import graph_choice
 from cramfast.session.record import Record, read_record
 from cramfast.text.curation import summary
@@ -142,6 +144,27 @@ def larger_model(asked: TrainConfig, fitted: TrainConfig) -> str:
     return (
         f"note: that makes {after} parameters instead of {before} — for the smaller model, prepare the text with "
         f"--vocab-size {asked.model.vocab_size}\n"
+    )
+
+
+def print_schedule(request: Request, config: TrainConfig, progress: Progress) -> None:
+    """Where a resumed run has another budget than before, or its schedule begins anew: the rate before and after."""
+    if config.budget == request.budget_before and not request.schedule_from_here:
+        return
+    before, budget = parse_budget(request.budget_before), parse_budget(config.budget)
+    anew = replace(progress, schedule_from=tuple(float(progress.spent(unit)) for unit in UNITS_KEPT))
+    then = anew if request.schedule_from_here else progress
+    spent, shape = budget.fraction(progress), schedule.SHAPES[config.schedule]
+    what = f"budget {request.budget_before} -> {config.budget}: {min(1.0, spent):.0%} of it is spent"
+    if spent >= 1:
+        note(f"{what}, so the run ends here")
+        return
+    rates = [config.lr * shape(of.schedules(at)[0]) for of, at in ((before, progress), (budget, then))]
+    advice = " — --schedule-from-here raises and lowers it over the new part alone"
+    note(
+        f"{what}; the learning rate goes from {rates[0]:.2g} to {rates[1]:.2g} with the next update, then as "
+        f"{config.schedule} over {'what is left' if request.schedule_from_here else 'the whole budget'}"
+        + ("" if request.schedule_from_here else advice)
     )
 
 

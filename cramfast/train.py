@@ -31,8 +31,9 @@ from cramfast.runtime import distributed
 from cramfast.runtime.allocator import keep_freed_memory
 from cramfast.runtime.distributed import ALONE, Team
 from cramfast.runtime.interrupt import Interrupt
+from cramfast.runtime.output import make_steady
 from cramfast.session import checkpoint, memory, runfolder
-from cramfast.session.budget import Budget, Progress, Replay, parse_budget, read_replay, resized
+from cramfast.session.budget import UNITS_KEPT, Budget, Progress, Replay, parse_budget, read_replay, resized
 from cramfast.session.ledger import Clock, Ledger, Step
 from cramfast.session.metrics import Display, MetricsLog, open_log
 from cramfast.session.microbatch import Microbatch, capture_graph, graph_choice
@@ -41,11 +42,15 @@ from cramfast.session.profiling import Profile
 SKIPS_IN_ROW = 20  # non-finite updates before the run gives up
 
 
-def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay, team: Team = ALONE) -> bool:
+def train(
+    config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay, team: Team = ALONE,
+    schedule_from_here: bool = False,
+) -> bool:  # fmt: skip
     """Train until the budget is spent, from the newest checkpoint in run_dir or from the start.
 
     All processes of a team call it, and take every decision together. Where memory runs out, training goes on from the
-    newest checkpoint with the largest smaller microbatches that fit.
+    newest checkpoint with the largest smaller microbatches that fit. With `schedule_from_here` the learning rate's
+    schedule goes once more over what is left of the budget.
 
     Returns:
         True when the budget is spent, False when a signal ended the session; a checkpoint is there either way.
@@ -53,12 +58,13 @@ def train(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | R
     Raises:
         UserError: the disk refused a checkpoint, the memory is too small, or 20 updates in a row were not finite.
     """
-    saved = team.first(lambda: latest(config, run_dir)[0].microbatch_tokens)
-    tokens = budget.microbatch_tokens or saved or config.microbatch_tokens
+    begun = team.first(lambda: latest(config, run_dir)[0])
+    anew = tuple(float(begun.spent(unit)) for unit in UNITS_KEPT) if schedule_from_here else ()
+    tokens = budget.microbatch_tokens or begun.microbatch_tokens or config.microbatch_tokens
     least = tokens if budget.microbatch_tokens else config.sequence_len  # a replay keeps the size of its record
     error = torch.OutOfMemoryError if team.alone else memory.OutOfMemoryTogether
     return memory.fitting(
-        lambda size: session(config, run_dir, prepared, budget, size, team),
+        lambda size: session(config, run_dir, prepared, budget, size, team, anew),
         lambda size: trial(config, prepared, size, team),
         tokens, least, error,
     )  # fmt: skip
@@ -69,7 +75,10 @@ def trial(config: TrainConfig, prepared: Path, size: int, team: Team) -> None:
     start(config, training_source(config, prepared, size), Clock(torch.device(config.device), team), team)
 
 
-def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay, size: int, team: Team) -> bool:
+def session(
+    config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget | Replay, size: int, team: Team,
+    schedule_from: tuple[float, ...] = (),
+) -> bool:  # fmt: skip
     """train() with microbatches of `size` tokens; raises torch.OutOfMemoryError where they do not fit."""
     device = torch.device(config.device)
     source, probe = training_source(config, prepared, size), Probe(config, prepared)
@@ -77,6 +86,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
     ledger = Ledger(Clock(device, team))
     model, optimizer, microbatch = start(config, source, ledger.clock, team)
     progress, previous = restore(config, run_dir, optimizer, size, team)
+    progress = replace(progress, schedule_from=schedule_from or progress.schedule_from)
     watch = Watch(config, run_dir, prepared, model, optimizer, size, team)
     run = team.first(lambda: runfolder.describe(config, model, team.world)) | {"microbatch_tokens": size}
     lr_shape, fixed = schedule.SHAPES[config.schedule], {"model": to_json(config.model), "hash": config_hash(config)}
@@ -106,11 +116,12 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
                 break  # several processes stop together, in accumulate()
             profile.before(ahead.step + 1)
             ledger.begin()
-            lr = config.lr * lr_shape(fraction)
-            masked = schedule.mask_fraction(fraction, config.mask_fraction, config.mask_fraction_end)
-            lengthened = schedule.lengthened(fraction, config.short_sequence_len, config.short_fraction)
+            of_rate, of_rest = budget.schedules(ahead)
+            lr = config.lr * lr_shape(of_rate)
+            masked = schedule.mask_fraction(of_rest, config.mask_fraction, config.mask_fraction_end)
+            lengthened = schedule.lengthened(of_rest, config.short_sequence_len, config.short_fraction)
             planned = pieces * schedule.microbatches(
-                fraction, config.microbatch_tokens, config.batch_tokens, config.ramp_fraction
+                of_rest, config.microbatch_tokens, config.batch_tokens, config.ramp_fraction
             )
             microbatches = budget.microbatches(ahead, planned)
             share = feed.share(microbatches, masked, lengthened)
@@ -120,6 +131,7 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
             loss_sum, weight = team.total(torch.stack([microbatch.loss_sum, microbatch.weight]))
             optimizer.step(lr, loss_sum, weight)
             settings = {"fraction": fraction, "microbatches": microbatches, "lr": lr}
+            settings |= {"schedule": of_rate} if of_rate != fraction else {}
             ledger.add(Step(feed.position, tokens, flops, settings), loss_sum / weight, optimizer.verdict)
             if not ledger.due(budget, progress):
                 continue  # nothing so far has waited for the GPU, which works through what was enqueued
@@ -130,7 +142,8 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
             if progress.seconds - evaluated >= config.eval_interval:
                 display.evaluation = look()
                 evaluated = progress.seconds
-            if progress.seconds - saved >= config.checkpoint_interval:
+            # Updates that are skipped may be the end of a run: what was saved before them must outlive it.
+            if progress.seconds - saved >= config.checkpoint_interval and not progress.skipped_in_row:
                 log.sync()
                 previous = checkpoint.save(run_dir, optimizer, {"progress": asdict(progress), **fixed})
                 saved = progress.seconds
@@ -138,7 +151,8 @@ def session(config: TrainConfig, run_dir: Path, prepared: Path, budget: Budget |
         if budget.fraction(progress) >= 1 and log.evaluated != progress.step:
             look()
         log.sync()
-        checkpoint.save(run_dir, optimizer, {"progress": asdict(progress), **fixed})
+        sound = not progress.skipped_in_row
+        checkpoint.save(run_dir, optimizer, {"progress": asdict(progress), **fixed}, prune=sound)
     return budget.fraction(progress) >= 1
 
 
@@ -267,6 +281,8 @@ def choose_budget(request: Request) -> Budget | Replay:
 
 def main() -> None:
     """The command line: every stage, with its progress, from text to an exported model."""
+    if sys.stdout is sys.__stdout__:  # not where a caller, or a test, has put something else
+        make_steady()
     with distributed.team(checkpoint.newest) as team:
         carry_out(team.first(parse), team)
 
@@ -292,7 +308,9 @@ def carry_out(request: Request, team: Team) -> None:
         if not request.resuming:
             team.first(lambda: stages.rehearse_export(fitted, prepared))
         stages.qualify_kernels(request, fitted, prepared, team)
-        if not train(fitted, request.run_dir, prepared, budget, team):
+        if request.resuming and team.rank == 0:
+            stages.print_schedule(request, fitted, latest(fitted, request.run_dir)[0])
+        if not train(fitted, request.run_dir, prepared, budget, team, request.schedule_from_here):
             print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}", flush=True)
             sys.exit(INTERRUPTED)
         team.first(lambda: stages.publish(request.run_dir))

@@ -88,7 +88,7 @@ def main(folder: Path, what: str) -> dict:
     if what == "kill":
         _, status = os.waitpid(child(folder / "whole", 1e9), 0)
         return {"whole": os.waitstatus_to_exitcode(status)} | kills(folder / "killed", 24)
-    return {name: interrupted(folder / name, getattr(signal, name), 1) for name in ("SIGINT", "SIGTERM")}
+    return {name: interrupted(folder / name, getattr(signal, name), 1) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,53 @@ def test_resumed_with_a_larger_budget(trained):
     assert result.returncode == 0, result.stderr
     checkpoints = sorted(path.name for path in (folder / "first" / "checkpoints").iterdir())
     assert checkpoints == ["step-00000012", "step-00000015"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_output_that_cannot_be_written_costs_nothing(trained):
+    """A log on a full disk; a pipe whose reader is gone."""
+    folder = trained[0]
+    with open("/dev/full", "w") as full:
+        arguments = command(folder, "--data", "text.txt", "--run-dir", "unlogged", *SMALL, *SHORT)
+        assert subprocess.run(**arguments, stdout=full, stderr=full, timeout=150).returncode == 0
+    assert same_bits(weights(folder / "first"), weights(folder / "unlogged")) or saved_step(folder / "first") > 12
+    assert (folder / "unlogged" / "hf" / "config.json").exists()
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = command(folder, "--data", "text.txt", "--run-dir", "unread", *SMALL, *SHORT)
+    assert subprocess.run(**arguments, stdout=writer, stderr=subprocess.DEVNULL, timeout=150).returncode == 0
+    os.close(writer)
+    assert same_bits(weights(folder / "unlogged"), weights(folder / "unread"))
+
+
+def test_under_nohup_a_hangup_is_ignored(trained):
+    folder, run = trained[0], trained[0] / "nohup"
+    arguments = command(folder, "--data", "text.txt", "--run-dir", "nohup", *SMALL, *SHORT[:-2], "--budget", "60steps")
+    arguments["args"] = ["nohup", *arguments["args"]]
+    with subprocess.Popen(**arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 100
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(150) == 0
+    assert saved_step(run) == 60
+
+
+def test_a_raised_budget_says_what_the_rate_does(trained):
+    folder, _ = trained
+    run = folder / "raised"
+    shutil.copytree(folder / "first", run)
+    before = saved_step(run)
+    result = train(folder, "--resume", "raised", "--budget", f"{2 * before}steps")
+    assert result.returncode == 0, result.stderr
+    assert "50% of it is spent; the learning rate goes from 0 to 0.003 with the next update" in result.stderr
+    assert "--schedule-from-here" in result.stderr
+    result = train(folder, "--resume", "raised", "--budget", f"{3 * before}steps", "--schedule-from-here", "True")
+    assert result.returncode == 0, result.stderr
+    assert "67% of it is spent; the learning rate goes from 0 to 0.0003 with the next update" in result.stderr
+    assert "over what is left" in result.stderr and "--schedule-from-here" not in result.stderr
+    result = train(folder, "--resume", "raised", "--budget", "5steps")
+    assert result.returncode == 0 and "so the run ends here" in result.stderr
 
 
 def test_a_refused_second_process_leaves_the_first_alone(trained):

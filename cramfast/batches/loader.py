@@ -115,7 +115,7 @@ class BatchSource:
         return len(self.plan(epoch)[1]) - 1
 
     def batch(self, epoch: int, index: int, mask_fraction: float) -> Batch:
-        """Rebuild one microbatch; M = round(mask_fraction * N) of its tokens are to be predicted.
+        """Rebuild one microbatch; M = round(mask_fraction * N) of its tokens, one at least, are to be predicted.
 
         Every document is in exactly one microbatch of an epoch, so the last one of an epoch is partly padding; then
         only that share of its real tokens is predicted, and the rows left over are marked unused.
@@ -126,7 +126,7 @@ class BatchSource:
         members, offsets = self.plan(epoch)
         if not 0 <= index < len(offsets) - 1:
             raise IndexError(f"epoch {epoch} has {len(offsets) - 1} microbatches, not {index + 1}")
-        N, M = self.batch_tokens, round(mask_fraction * self.batch_tokens)
+        N, M = self.batch_tokens, max(1, round(mask_fraction * self.batch_tokens))
         ids = np.zeros(N, np.int32)
         cu_seqlens = np.empty(self.max_sequences + 1, np.int32)
         places = np.empty(N, np.int64)

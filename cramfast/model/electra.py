@@ -40,9 +40,14 @@ class Discriminator(Encoder):
         self.detector = Detector(config.width)
 
     def loss(self, batch) -> Tensor:
-        """Masked-language-model loss of the generator plus 50 times the detection loss; 0-d float32."""
+        """Masked-language-model loss of the generator plus 50 times the detection loss; 0-d float32.
+
+        Microbatches are summed by the share of their rows that have a target. The detection loss is one of tokens, so
+        it takes the share of its own in place of that: each token of an update weighs the same, as each target does.
+        """
         self.generator.z_loss = self.z_loss
-        return self.generator.loss(batch) + DETECTION_WEIGHT * self.detection_loss(batch)
+        tokens, targets = inside(batch).float().mean(), (batch.target_M >= 0).float().mean()
+        return self.generator.loss(batch) + DETECTION_WEIGHT * self.detection_loss(batch) * (tokens / targets)
 
     def detection_loss(self, batch) -> Tensor:
         """Mean binary cross-entropy over the tokens of all sequences of a loader.Batch, in nats; 0-d float32.
@@ -54,7 +59,7 @@ class Discriminator(Encoder):
         hidden_ND = self.transform(self(ids_N, batch.cu_seqlens, batch.max_seqlen))
         logit_N = (hidden_ND @ self.detector.weight.to(hidden_ND.dtype)).float() + self.detector.bias
         loss_N = F.binary_cross_entropy_with_logits(logit_N, replaced_N, reduction="none")
-        inside_N = torch.arange(len(ids_N), device=ids_N.device) < batch.cu_seqlens[-1]
+        inside_N = inside(batch)
         return (loss_N * inside_N).sum() / inside_N.sum()
 
     def corrupt(self, batch) -> tuple[Tensor, Tensor]:
@@ -67,6 +72,11 @@ class Discriminator(Encoder):
         ids_N = batch.ids_N.index_copy(0, batch.masked_index_M, torch.where(masked_M, sampled_M, kept_M).int())
         replaced_M = (masked_M & (sampled_M != batch.target_M)).float()
         return ids_N, torch.zeros_like(batch.ids_N, dtype=torch.float32).index_copy(0, batch.masked_index_M, replaced_M)
+
+
+def inside(batch) -> Tensor:
+    """(N,) bool, whether a token belongs to a sequence."""
+    return torch.arange(len(batch.ids_N), device=batch.ids_N.device) < batch.cu_seqlens[-1]
 
 
 def generator_config(config: ModelConfig) -> ModelConfig:

@@ -50,8 +50,9 @@ def microbatches(f: float, microbatch_tokens: int, batch_tokens: int, ramp_fract
 
 
 def mask_fraction(f: float, start: float, end: float) -> float:
-    """Linear from start to end, in steps of 0.01: each new value is a new static shape."""
-    return start if start == end else round(start + (end - start) * f, 2)
+    """Linear from start to end, in steps of 0.01 between them: each new value is a new static shape."""
+    low, high = sorted((start, end))
+    return start if start == end else min(max(round(start + (end - start) * f, 2), low), high)
 
 
 def lengthened(f: float, short_sequence_len: int, short_fraction: float) -> bool:

@@ -10,6 +10,7 @@ from cramfast.errors import UserError
 from cramfast.session.record import parse_row
 
 SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+UNITS_KEPT = ("steps", "tokens", "flops", "seconds")  # order of Progress.schedule_from
 UNITS = {**dict.fromkeys(SECONDS, "seconds"), "tokens": "tokens", "flops": "flops", "steps": "steps"}
 
 
@@ -34,6 +35,12 @@ class Progress:
     """Updates since the loss scale last changed."""
     microbatch_tokens: int = 0
     """Size of the microbatches; 0 in a run that has made no step, and in records of before it was kept."""
+    schedule_from: tuple[float, ...] = ()
+    """Steps, tokens, FLOPs and seconds after which the learning rate's schedule began anew; nothing: it never did."""
+
+    def spent(self, unit: str) -> float:
+        """So many seconds, tokens, flops or steps."""
+        return self.step if unit == "steps" else getattr(self, unit)
 
 
 def resized(progress: Progress, tokens: int) -> Progress:
@@ -55,8 +62,16 @@ class Budget:
 
     def fraction(self, progress: Progress) -> float:
         """Share spent, 1 or more when nothing is left."""
-        spent = progress.step if self.unit == "steps" else getattr(progress, self.unit)
-        return spent / self.amount
+        return progress.spent(self.unit) / self.amount
+
+    def schedules(self, progress: Progress) -> tuple[float, float]:
+        """How far the learning rate's schedule is, and that of batch, masks and lengths: the spent fraction, but that
+        one that began anew goes over what was left then, while the others stay at their ends."""
+        if not progress.schedule_from:
+            return (self.fraction(progress),) * 2
+        began = progress.schedule_from[UNITS_KEPT.index(self.unit)]
+        left = self.amount - began
+        return min(1.0, (progress.spent(self.unit) - began) / left) if left > 0 else 1.0, 1.0
 
     def microbatches(self, progress: Progress, planned: int) -> int:
         """Microbatches of the next step: what the schedule planned."""
@@ -67,16 +82,23 @@ class Budget:
 class Replay:
     """The budget of a recorded run: fractions and batch sizes are read, not measured, so that it repeats exactly.
 
-    `microbatch_tokens` is the size that the run used, 0 where its record does not say.
+    `microbatch_tokens` is the size that the run used, 0 where its record does not say; `anew` has, for steps under a
+    schedule that had begun anew, how far that was.
     """
 
     fractions: tuple[float, ...]
     counts: tuple[int, ...]
     microbatch_tokens: int = 0
+    anew: tuple[float | None, ...] = ()
 
     def fraction(self, progress: Progress) -> float:
         """Share that the recorded run had spent before this step; 1 after its last."""
         return self.fractions[progress.step] if progress.step < len(self.fractions) else 1.0
+
+    def schedules(self, progress: Progress) -> tuple[float, float]:
+        """As Budget.schedules() was in this step."""
+        anew = self.anew[progress.step] if progress.step < len(self.anew) else None
+        return (self.fraction(progress),) * 2 if anew is None else (anew, 1.0)
 
     def microbatches(self, progress: Progress, planned: int) -> int:
         """Microbatches the recorded run used in this step."""
@@ -128,4 +150,9 @@ def read_replay(metrics: Path) -> Replay:
             f"{metrics}: memory ran out in that run and its microbatches became smaller on the way, which a replay "
             f"cannot repeat — train anew with --microbatch-tokens {min(sizes)}"
         )
-    return Replay(tuple(row["fraction"] for row in rows), tuple(row["microbatches"] for row in rows), sizes.pop())
+    return Replay(
+        tuple(row["fraction"] for row in rows),
+        tuple(row["microbatches"] for row in rows),
+        sizes.pop(),
+        tuple(row.get("schedule") for row in rows),
+    )

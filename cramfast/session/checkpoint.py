@@ -23,7 +23,7 @@ AVERAGE = "ema.safetensors"  # only in runs that average their weights
 UNFINISHED = "unfinished-"  # prefix of folders being written or removed; swept at the next start
 
 
-def save(run_dir: Path, optimizer: AdamW, state: dict[str, Any]) -> Path:
+def save(run_dir: Path, optimizer: AdamW, state: dict[str, Any], prune: bool = True) -> Path:
     """Write checkpoints/step-XXXXXXXX and remove all but the last two; whole tensors, however many processes there are.
 
     Args:
@@ -31,26 +31,33 @@ def save(run_dir: Path, optimizer: AdamW, state: dict[str, Any]) -> Path:
         optimizer: holds master weights, moments and, if there is one, the average of the weights; of all processes,
             which all call this: process 0 writes.
         state: JSON values: `progress` (its `step` names the folder) and `model`, which load_model() needs.
+        prune: whether older ones may go; not where this one may be the beginning of the end.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        UserError: the disk refused; earlier checkpoints are untouched.
+        UserError: the disk refused, or a number is not finite; earlier checkpoints are untouched.
     """
     tensors = {MODEL: optimizer.weights(), OPTIMIZER: optimizer.state()}
     if optimizer.average is not None:
         tensors[AVERAGE] = optimizer.averages()
-    return optimizer.team.first(lambda: write(run_dir, tensors, state))
+    return optimizer.team.first(lambda: write(run_dir, tensors, state, prune))
 
 
-def write(run_dir: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+def write(run_dir: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], prune: bool = True) -> Path:
     """save() of tensors by file and name."""
     folder = run_dir / "checkpoints"
     target = folder / f"step-{state['progress']['step']:08d}"
     if target.exists():  # the same step of the same run: already complete
         return target
     partial = folder / (UNFINISHED + target.name)
+    for name, tensor in (pair for of_file in tensors.values() for pair in of_file.items()):
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{target}: {name} is not finite, so nothing is written; {kept(run_dir)} — start anew with a lower "
+                "--lr, a smaller --max-norm or --dtype float32"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -64,14 +71,20 @@ def write(run_dir: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str,
         flush_to_disk(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        previous = newest(run_dir)
-        kept = f"{previous.name} is intact" if previous else "no earlier checkpoint exists"
-        raise UserError(f"{target}: cannot be written ({error}); {kept} — free disk space, then --resume") from None
-    for old in complete(run_dir)[:-KEPT]:
+        raise UserError(
+            f"{target}: cannot be written ({error}); {kept(run_dir)} — free disk space, then --resume"
+        ) from None
+    for old in complete(run_dir)[:-KEPT] if prune else ():
         discarded = folder / (UNFINISHED + old.name)
         old.rename(discarded)  # first the name: a kill inside rmtree must not leave half a checkpoint under a good name
         shutil.rmtree(discarded)
     return target
+
+
+def kept(run_dir: Path) -> str:
+    """What of a run is there when something goes wrong, in words."""
+    previous = newest(run_dir)
+    return f"{previous.name} is intact" if previous else "no earlier checkpoint exists"
 
 
 def flush_to_disk(path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from cramfast.errors import UserError
 from cramfast.runtime.distributed import Team
 from cramfast.runtime.stopwatch import Stopwatch
+from cramfast.session import checkpoint
 from cramfast.session.budget import Progress
 from cramfast.session.record import parse_row
 
@@ -136,14 +138,22 @@ class MetricsLog:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.path.parent}: metrics cannot be written ({error.strerror or error}); the last checkpoint is "
-                f"intact — free disk space, then --resume {self.path.parent}"
+                f"{self.path.parent}: metrics cannot be written ({error.strerror or error}); "
+                f"{checkpoint.kept(self.path.parent)} — free disk space, then --resume {self.path.parent}"
             ) from None
 
     def __enter__(self) -> "MetricsLog":
+        self.hook, threading.excepthook = threading.excepthook, self.quiet_board
         return self
 
+    def quiet_board(self, thrown: threading.ExceptHookArgs) -> None:
+        """What the disk refuses TensorBoard's thread is raised once more by its writer, so its traceback is one too
+        many."""
+        if not (thrown.exc_type and issubclass(thrown.exc_type, OSError)):
+            self.hook(thrown)
+
     def __exit__(self, kind, *_) -> None:
+        threading.excepthook = self.hook
         self.file.close()
         try:
             with self.refusals_named():
@@ -164,6 +174,9 @@ class NoLog(MetricsLog):
     def write(self, row: dict[str, Any]) -> None: ...
 
     def sync(self) -> None: ...
+
+    def __enter__(self) -> "NoLog":
+        return self
 
     def __exit__(self, *exception) -> None: ...
 

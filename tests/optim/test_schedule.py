@@ -40,6 +40,7 @@ def test_batch_ramp_ends_at_sixty_percent():
 def test_mask_share_moves_in_hundredths():
     assert [schedule.mask_fraction(f, 0.3, 0.15) for f in (0, 0.5, 1)] == [0.3, 0.22, 0.15]
     assert schedule.mask_fraction(0.5, 0.255, 0.255) == 0.255
+    assert [schedule.mask_fraction(f, 0.01, 0.004) for f in (0, 0.8, 0.9, 1)] == [0.01, 0.01, 0.004, 0.004]
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,31 @@ def test_the_last_two_are_kept_and_leftovers_swept(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000011"]
 
 
+def test_what_is_not_finite_is_not_written_and_replaces_nothing(tmp_path):
+    optimizer = make()
+    for step in (1, 2):
+        checkpoint.save(tmp_path, optimizer, state(step))
+    for values in (optimizer.flat.master, optimizer.exp_avg):
+        before = values[10].item()
+        values[10] = float("nan")
+        with pytest.raises(UserError, match=r"step-00000003: .* not finite, so nothing is written; step-00000002"):
+            checkpoint.save(tmp_path, optimizer, state(3))
+        values[10] = before
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+    optimizer.flat.master[10] = float("inf")
+    with pytest.raises(UserError, match="no earlier checkpoint exists"):
+        checkpoint.save(tmp_path / "other", optimizer, state(3))
+
+
+def test_older_ones_stay_where_they_must(tmp_path):
+    optimizer = make()
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, optimizer, state(step), prune=False)
+    assert len(checkpoint.complete(tmp_path)) == 3
+    checkpoint.save(tmp_path, optimizer, state(4))
+    assert [path.name[-1] for path in checkpoint.complete(tmp_path)] == ["3", "4"]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_damage_is_named(tmp_path, name):
     saved = checkpoint.save(tmp_path, make(), state(3))

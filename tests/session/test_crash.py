@@ -33,9 +33,10 @@ def test_kill_9_loses_nothing_that_was_saved(tmp_path):
     assert not list((tmp_path / "killed" / "checkpoints").glob(checkpoint.UNFINISHED + "*"))
 
 
-def test_sigint_and_sigterm_save_and_leave(tmp_path):
-    assert work(tmp_path, "signals") == {"SIGINT": 3, "SIGTERM": 3}
-    for name in ("SIGINT", "SIGTERM"):
+def test_signals_save_and_leave(tmp_path):
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    assert work(tmp_path, "signals") == dict.fromkeys(names, 3)
+    for name in names:
         newest = checkpoint.newest(tmp_path / name)
         assert int(newest.name[-8:]) == rows(tmp_path / name)[-1]["step"] >= 3
 
@@ -55,6 +56,20 @@ limit = (folder / "metrics.jsonl").stat().st_size + 1500
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 command(lambda: fake_loader.run(folder, "100steps"))
 """
+
+
+FULL_AT_ONCE = FULL.replace('fake_loader.run(folder, "3steps")\n', "").replace(
+    '(folder / "metrics.jsonl").stat().st_size + 1500', "4096  # the config fits"
+)
+
+
+def test_a_disk_that_is_full_before_the_first_checkpoint(tmp_path):
+    """TensorBoard's thread meets it first; it says nothing of its own, and no checkpoint is promised."""
+    arguments = [sys.executable, "-c", FULL_AT_ONCE, str(tmp_path / "run"), str(WORKER.parent)]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr and "Exception in thread" not in result.stderr
+    assert "no earlier checkpoint exists" in result.stderr and "intact" not in result.stderr
 
 
 def test_a_disk_that_fills_while_metrics_are_written(tmp_path):

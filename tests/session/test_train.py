@@ -21,7 +21,7 @@ from cramfast.config import config_hash, differing_key, from_json, to_json
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
 from cramfast.recipes import resolve
-from cramfast.session import runfolder
+from cramfast.session import checkpoint, runfolder
 from cramfast.session.budget import Progress, read_replay
 from cramfast.text.prepared import MANIFEST_KEYS
 from cramfast.train import advance
@@ -108,6 +108,8 @@ def test_twenty_in_a_row_end_the_run(monkeypatch, tmp_path):
         run(tmp_path / "run", "100steps", batch_tokens=256, checkpoint_interval=1e-9)
     assert len(rows(tmp_path / "run")) == 25
     assert weights(tmp_path / "run")["updates"].item() == 5
+    # Of before the first that was skipped: none of the twenty replaced it.
+    assert [path.name for path in checkpoint.complete(tmp_path / "run")] == ["step-00000004", "step-00000005"]
 
 
 def test_finite_gradient_with_non_finite_loss_is_skipped(monkeypatch, tmp_path):
