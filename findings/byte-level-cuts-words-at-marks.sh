@@ -19,7 +19,8 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
-seen = {word: [word[a:b] for _, (a, b) in split(word)] for word in ("नमस्ते", "हिन्दी", "வணக்கம்", "مُحَمَّد", "Vi\u1ec7t", "Vie\u0323\u0302t")}
+words = ("नमस्ते", "हिन्दी", "வணக்கம்", "مُحَمَّد", "Vi\u1ec7t", "Vie\u0323\u0302t")
+seen = {word: [word[a:b] for _, (a, b) in split(word)] for word in words}
 print("tokenizers", tokenizers.__version__)
 for word, pieces in seen.items():
     print(f"{word}: {len(pieces)} pieces, {pieces}")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The NFKC step of many stock tokenizers changes the numbers of a text.
 #
-# NFKC, or a map made of it, stands in the tokenizers of XLM-RoBERTa and T5. It writes a raised figure beside its neighbours: ten
-# to the minus six becomes 10 minus 6. A mixed number loses the gap before its fraction: two and a half becomes
-# twenty-one halves. Both are valid by Unicode, and neither can be told from another number afterwards; for doses and
-# units that matters.
+# NFKC, or a map made of it, stands in the tokenizers of XLM-RoBERTa and T5. It writes a raised figure beside its
+# neighbours: ten to the minus six becomes 10 minus 6. A mixed number loses the gap before its fraction: two and a
+# half becomes twenty-one halves. Both are valid by Unicode, and neither can be told from another number afterwards;
+# for doses and units that matters.
 #
 # Expected by a reader: the same number after normalising.
 #
