@@ -13,14 +13,15 @@ from cramfast.prepare import Options
 from cramfast.runtime.arguments import VOCABULARY
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "findings" / "README.md"]
+PAGES = [*FIRST, *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [
     path
     for folder in ("cramfast", "kernels", "csrc", "bench", "scripts", "tests")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".h", ".cpp", ".cu", ".sh") and path != Path(__file__).resolve()
 ]
-FOLDERS = "cramfast|kernels|csrc|bench|scripts|tests|docs"
+FOLDERS = "cramfast|kernels|csrc|bench|scripts|tests|docs|findings"
 PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w*./-]*\w\.(?:py|md|h|cpp|cu|sh|json|jsonl|svg|png)\b")
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"")
 MONTHS = sorted((ROOT / "docs" / "log").glob("20??-??.md"), reverse=True)
