@@ -1,4 +1,5 @@
-"""Runs that are stopped by signals, each in a forked child: `python crash_worker.py FOLDER kill|signals`, JSON out.
+"""Runs that are stopped by signals, each in a forked child: `python crash_worker.py FOLDER kill|signals LIVES
+OPTIONS`, JSON out; OPTIONS is a JSON object of config keys.
 
 Torch is imported once, on one thread, before any fork: a child would hang on the threads it does not inherit. So is
 what the loop imports when it begins; else most lives would end in that import.
@@ -18,6 +19,7 @@ import torch.utils.tensorboard
 
 from cramfast.session import checkpoint
 
+OPTIONS = json.loads(sys.argv[4])
 BUDGET = "200steps"  # far more than 24 short lives reach, on a fast machine too
 
 
@@ -28,7 +30,7 @@ def child(folder: Path, interval: float, text: str = BUDGET) -> int:
         return pid
     try:
         checkpoint.sweep(folder)
-        fake_loader.run(folder, text, checkpoint_interval=interval, batch_tokens=512)
+        fake_loader.run(folder, text, checkpoint_interval=interval, batch_tokens=512, **OPTIONS)
         status = 0
     except AssertionError:  # train() came back before the budget was spent
         status = 3
@@ -82,14 +84,14 @@ def interrupted(folder: Path, number: int, times: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def main(folder: Path, what: str) -> dict:
+def main(folder: Path, what: str, lives: int) -> dict:
     torch.set_num_threads(1)
     fake_loader.install(setattr)
     if what == "kill":
         _, status = os.waitpid(child(folder / "whole", 1e9), 0)
-        return {"whole": os.waitstatus_to_exitcode(status)} | kills(folder / "killed", 24)
+        return {"whole": os.waitstatus_to_exitcode(status)} | kills(folder / "killed", lives)
     return {name: interrupted(folder / name, getattr(signal, name), 1) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))

@@ -6,6 +6,7 @@ each run to FOLDER/statuses.json. Tests look at the folders.
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -94,9 +95,17 @@ def full(folder: Path, team: Team) -> None:
     fake_loader.run(folder, STEPS, team)
 
 
+def full_disk(folder: Path, team: Team) -> None:
+    """The first process's disk takes no more than a few kilobytes a file; no checkpoint is due before."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write past the limit fails, as on a full disk
+    if team.rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+    fake_loader.run(folder, "1000steps", team)
+
+
 def endless(folder: Path, team: Team) -> None:
     """Until a signal; a checkpoint after every step."""
-    config = fake_loader.small_config(checkpoint_interval=1e-9)
+    config = fake_loader.small_config(checkpoint_interval=1e-9, **OPTIONS["muon"])
     if not train.train(config, folder, folder, Budget("steps", 10**6), team):
         sys.exit(130)
 
@@ -205,6 +214,7 @@ def main(folder: Path) -> None:
     statuses["nudged"] = wait(ranks(folder, "nudged", 1, nudged))
     statuses["failing"] = wait(ranks(folder, "failing", 4, failing))
     statuses["full"] = wait(ranks(folder, "full", 2, full))
+    statuses["full_disk"] = wait(ranks(folder, "full_disk", 2, full_disk))
     statuses["killed"] = signalled(folder, "killed", 4, 2, signal.SIGKILL)
     statuses["stopped"] = signalled(folder, "stopped", 2, 1, signal.SIGTERM)
     (folder / "statuses.json").write_text(json.dumps(statuses))

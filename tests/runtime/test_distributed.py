@@ -25,6 +25,7 @@ from cramfast.session.microbatch import Microbatch
 
 TESTS = Path(__file__).resolve().parents[1]
 CURVES = ("loss", "grad_norm")
+MUON = {"optimizer": "muon", "ema_decay": 0.9, "objective": "rtd"}  # as in distributed_worker.py
 HOST = ("seconds", "tokens_per_s", "mfu")
 
 
@@ -107,8 +108,7 @@ def test_half_precision(runs):
 def test_resumed_on_another_number_of_processes(runs, fake_text):
     assert_same_run(runs / "adamw-1", runs / "adamw-2-4", **FLOAT32)
     assert_same_run(runs / "stable_adamw-1", runs / "stable_adamw-1-2", **FLOAT32)
-    options = {"optimizer": "muon", "ema_decay": 0.9, "objective": "rtd"}
-    assert_same_run(runs / "muon-1", train_alone(runs / "muon-4-1", "14steps", **options), **FLOAT32)
+    assert_same_run(runs / "muon-1", train_alone(runs / "muon-4-1", "14steps", **MUON), **FLOAT32)
 
 
 def test_resumed_on_as_many_processes_to_the_bit(runs):
@@ -131,6 +131,14 @@ def test_memory_that_is_too_small_on_one_is_so_for_all(runs):
     assert [row["step"] for row in rows(runs / "full")] == list(range(1, 15))
 
 
+def test_a_disk_that_fills_is_said_once_and_ends_all(runs):
+    assert statuses(runs, "full_disk") == [2, 2]
+    first, second = printed(runs, "full_disk")
+    said = " ".join(first.split())
+    assert second == "" and "Traceback" not in said and "Exception in thread" not in said
+    assert "metrics cannot be written" in said and "no earlier checkpoint exists" in said
+
+
 def test_a_killed_rank_ends_all_and_the_checkpoint_stays(runs, fake_text):
     ends = statuses(runs, "killed")
     assert ends.pop(2) == -signal.SIGKILL and set(ends) <= {2, 130}  # 130 where the agent's SIGTERM came first
@@ -139,7 +147,7 @@ def test_a_killed_rank_ends_all_and_the_checkpoint_stays(runs, fake_text):
     assert said.count("error:") == 1 and "Traceback" not in said
     assert f"is intact — go on with --resume {runs / 'killed'}" in said
     step = int(checkpoint.newest(runs / "killed").name[-8:])
-    train_alone(runs / "killed", f"{step + 2}steps")
+    train_alone(runs / "killed", f"{step + 2}steps", **MUON)
     assert [row["step"] for row in rows(runs / "killed")] == list(range(1, step + 3))
 
 
