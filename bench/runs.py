@@ -61,6 +61,7 @@ def gather(folder: Path) -> dict:
     return {
         "name": record.name,
         **{key: record.config.get(key) for key in ("preset", "recipe", "optimizer", "seed", "budget", "dtype")},
+        "masking": record.config.get("masking", "bert"),
         "parameters": record.parameters,
         **{key: record.last(key) for key in ("tokens", "flops", "seconds", "heldout_loss", "heldout_accuracy")},
         "steps": record.last("step"),
@@ -240,13 +241,18 @@ def curated(text: dict) -> str:
     return ", ".join(f"{k} {v}" for k, v in text["curation"].items() if k in idle and v != idle[k]) or "none"
 
 
-def check_text(runs: list[dict]) -> None:
-    """Losses in one table are on one held-out set.
+def check_comparable(runs: list[dict]) -> None:
+    """Losses in one table are on one held-out set, of models trained under one masking.
 
     Raises:
-        UserError: two runs had different text.
+        UserError: two runs had different text, or another masking.
     """
     for run in runs[1:]:
+        if run["masking"] != runs[0]["masking"]:
+            raise UserError(
+                f"{run['name']}: trained with --masking {run['masking']}, {runs[0]['name']} with {runs[0]['masking']}, "
+                "so their held-out losses do not compare — cramfast evaluate perplexity puts both under one masking"
+            )
         if run["text"]["files"] != runs[0]["text"]["files"]:
             raise UserError(f"{run['name']}: another text than {runs[0]['name']} — train both on one prepared folder")
 
@@ -269,7 +275,7 @@ def main() -> None:
     stored = options.out / JSON
     if options.runs:
         runs = [gather(folder) for folder in options.runs]
-        check_text(runs)
+        check_comparable(runs)
         try:
             commands = options.commands.read_text(encoding="utf-8").splitlines() if options.commands else []
         except OSError as error:

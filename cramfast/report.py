@@ -79,6 +79,13 @@ def _notes(record: Record) -> list[str]:
             "Machine busy: the MFU refers to a matmul peak that is measured when training begins, and other work on "
             "the machine lowered it then. The true MFU is lower."
         )
+    masking = record.config.get("masking", "bert")
+    if masking != "bert":
+        notes.append(
+            f"Trained with --masking {masking}, while held-out tokens are masked as BERT does: 80 % [MASK], 10 % "
+            "another word, 10 % left. Its held-out loss does not compare with that of a run trained that way: cramfast "
+            "evaluate perplexity puts models under one masking, [MASK] alone."
+        )
     if len(record.steps) < 10:
         notes.append(f"Only {_count(len(record.steps), 'update')} so far: the charts say little yet.")
     return notes

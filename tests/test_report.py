@@ -168,6 +168,13 @@ def test_an_mfu_too_high_to_be_true_is_said_so(run):
     assert "(machine busy)" in page_of(run)
 
 
+def test_held_out_losses_under_another_masking_are_marked(run):
+    assert "does not compare" not in page_of(run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"masking": "all_mask"}))
+    assert "Trained with --masking all_mask" in page_of(run) and "does not compare" in page_of(run)
+
+
 def test_bins_keep_mean_and_range():
     x = list(range(10_000))
     y = [math.nan if i % 100 == 7 else float(i % 10) for i in x]

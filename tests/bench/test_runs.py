@@ -70,6 +70,11 @@ def test_runs_that_do_not_belong_together(tmp_path, monkeypatch):
     one, other = trained(tmp_path / "a", "crammed"), trained(tmp_path / "b", "cramfast", text="b")
     with pytest.raises(UserError, match="b: another text than a"):
         written(monkeypatch, tmp_path / "docs", one, other)
+    same = trained(tmp_path / "c", "cramfast")
+    config = json.loads((same / "config.json").read_text())
+    (same / "config.json").write_text(json.dumps(config | {"masking": "all_mask"}))
+    with pytest.raises(UserError, match=r"c: trained with --masking all_mask, a with bert, .* perplexity"):
+        written(monkeypatch, tmp_path / "docs", one, same)
     with pytest.raises(UserError, match=r"results\.json: no results there"):
         written(monkeypatch, tmp_path / "docs")
     lines = [line for line in (one / "metrics.jsonl").read_text().splitlines() if "heldout" not in line]
