@@ -53,11 +53,18 @@ _CPP, _TRITON, _EMULATED = map(Implementation, (obstacles.cpp, obstacles.triton,
 
 # The floor of an operator: the first of these that can run. Stock PyTorch, trusted without having been measured.
 FLOOR: dict[str, tuple[str, ...]] = {"attention": ("torch_varlen", "torch_efficient", "padded")}
+FUSED = "_triton"  # ends the name of a floor's form before which our Triton kernel rotates queries and keys
 NEVER_UNASKED = ("reference", "emulated", "emulated_fused")  # definitions and tests
 
 
 def _plain(function: Callable) -> Implementation:
     return Implementation(obstacles.none, function)
+
+
+def _fused(obstacle: Callable[[Target], str], function: Callable) -> Implementation:
+    return Implementation(
+        lambda target: obstacle(target) or obstacles.triton(target), functools.partial(function, fused=True)
+    )
 
 
 # Every implementation of every operator, by the name that --kernels and measured.json give it.
@@ -90,8 +97,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "cpp": _CPP,
         "flash_attn": Implementation(obstacles.flash_attn, peers.flash_attn),
         "torch_varlen": Implementation(obstacles.torch_varlen, peers.torch_varlen),
+        "torch_varlen_triton": _fused(obstacles.torch_varlen, peers.torch_varlen),
         "torch_efficient": Implementation(obstacles.torch_efficient, peers.torch_efficient),
+        "torch_efficient_triton": _fused(obstacles.torch_efficient, peers.torch_efficient),
         "padded": _plain(stock.padded_attention),
+        "padded_triton": _fused(obstacles.none, stock.padded_attention),
         "reference": _plain(reference.varlen_attention),
         "emulated": _EMULATED,
     },
@@ -164,9 +174,6 @@ def floor(op: str, device: str, dtype: torch.dtype, windowed: bool = False) -> s
 
 def _floor_reason(op: str, device: str, dtype: torch.dtype, windowed: bool) -> str:
     reason = f"stock PyTorch, needs no measurement on {architecture(device)}"
-    # arrange.py rotates by Triton where that can run, as far as it is known before its first use.
-    if op == "attention" and (why := obstacles.triton(Target(op, device, dtype, architecture(device), windowed))):
-        reason += f"; rotation in PyTorch's operators: {why}"
     known = (*FLOOR.get(op, ("stock",)), "stock")
     waiting = [name for name in candidates(op, device, dtype, windowed) if name not in known]
     wait = "waits" if len(waiting) == 1 else "wait"
@@ -177,9 +184,11 @@ def candidates(op: str, device: str, dtype: torch.dtype, windowed: bool = False)
     """Implementations without an obstacle there, the floor's among them, in the order in which they are worth a try.
 
     A hint from measured.json: as fast as on this architecture or, unmeasured there, on the nearest; then the order of
-    the table. Never the reference, never what exists for tests.
+    the table. Never the reference, never what exists for tests, and of the forms of the floor with our rotation only
+    that of the one which runs unasked.
     """
-    names = [name for name in IMPLEMENTATIONS[op] if name not in NEVER_UNASKED]
+    rotated = {f"{name}{FUSED}" for name in FLOOR.get(op, ())} - {f"{floor(op, device, dtype, windowed)}{FUSED}"}
+    names = [name for name in IMPLEMENTATIONS[op] if name not in {*NEVER_UNASKED, *rotated}]
     hint = _nearest_row(op, architecture(device), dtype)
     order = sorted(names, key=lambda name: (hint.get(name, math.inf), names.index(name)))
     return [name for name in order if not obstacle(op, name, device, dtype, windowed)]

@@ -2,7 +2,8 @@
 
 Each takes the arguments of the public function and keeps its meaning: rotary positions, which these libraries lack, are
 applied before (arrange.py), and rows that belong to no sequence come out as zeros with zero gradients. None of them has
-run with this code on a GPU yet. torch's own two are the floor of attention where they can run (dispatch.FLOOR).
+run with this code on a GPU yet. torch's own two are the floor of attention where they can run (dispatch.FLOOR); where
+`fused`, our Triton kernel rotates before them, and they are no longer the floor.
 """
 
 import importlib.util
@@ -21,7 +22,7 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places):
+def _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places, fused=False):
     """attend(q, k, v, cu_seqlens, max_seqlen) on the rows of the sequences, zeros elsewhere.
 
     Rows of no sequence are replaced on the way in and out: these libraries leave them unwritten in output and gradient
@@ -29,7 +30,7 @@ def _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places):
     wait for the device to say where the last sequence ends.
     """
     places = places or Places(cu_seqlens, len(qkv), max_seqlen)
-    q, k, v = arrange.arrange(qkv, places, rotary if max_seqlen else None).unbind(1)
+    q, k, v = arrange.arrange(qkv, places, rotary if max_seqlen else None, fused=fused).unbind(1)
     if max_seqlen == 0:  # all rows are zeros now, and no kernel can be launched for no block
         return v
     return torch.where(places.own_N[:, None, None], attend(q, k, v, cu_seqlens, max_seqlen), 0)
@@ -48,7 +49,7 @@ def flash_attn(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=Non
     return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places)
 
 
-def torch_varlen(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None):
+def torch_varlen(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None, fused=False):
     """FlashAttention-2 as torch.nn.attention.varlen has it; its backward pass adds in any order unless
     torch.use_deterministic_algorithms is set."""
     from torch.nn.attention.varlen import varlen_attn
@@ -58,10 +59,10 @@ def torch_varlen(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=N
     def attend(q, k, v, cu_seqlens, max_seqlen):
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **local)
 
-    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places)
+    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places, fused)
 
 
-def torch_efficient(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None):
+def torch_efficient(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None, fused=False):
     """The memory-efficient attention that torch has for Turing too; no window, and a backward pass that adds in any
     order unless torch.use_deterministic_algorithms is set."""
     if window is not None:
@@ -72,7 +73,7 @@ def torch_efficient(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, place
         forward = torch.ops.aten._efficient_attention_forward
         return forward(q[None], k[None], v[None], None, *offsets, *longest, 0.0, NO_MASK, q.requires_grad)[0][0]
 
-    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places)
+    return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places, fused)
 
 
 def varlen_attn_has_window() -> bool:

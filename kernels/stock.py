@@ -137,12 +137,13 @@ def layernorm_glu(x, norm_weight, norm_bias, weight_in, activation="gelu", resid
     return outputs if residual is not None else (outputs, x)
 
 
-def padded_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None):
+def padded_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, places=None, fused=False):
     """As kernels.varlen_attention, by one scaled_dot_product_attention in four dimensions: (B, H, Q, W).
 
     A query sees nothing beyond the longest sequence's reach, so rows are cut into blocks where they lie, and each
     block gets the keys that reach it: 1 query and about 3 keys a token, however many sequences there are. A row of
-    keys for each place that a sequence may take would be 13 a token at length 512, and most of them empty.
+    keys for each place that a sequence may take would be 13 a token at length 512, and most of them empty. `fused`:
+    rotated by our Triton kernel, which is then no longer the floor.
     """
     places = places or Places(cu_seqlens, len(qkv), max_seqlen)
     N = len(qkv)
@@ -150,7 +151,7 @@ def padded_attention(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, plac
         return arrange.arrange(qkv, places)[:, 2]
     block, halo = places.blocks(window)
     count = -(-N // block)
-    rows = arrange.arrange(qkv, places, rotary, halo, count * block - N + halo)
+    rows = arrange.arrange(qkv, places, rotary, halo, count * block - N + halo, fused)
     q = rows[halo : halo + count * block, 0].unflatten(0, (count, block)).transpose(1, 2)
     k, v = (rows[:, part].unfold(0, block + 2 * halo, block).transpose(-1, -2) for part in (1, 2))  # no copies
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN's wants other strides

@@ -16,6 +16,7 @@ from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch, extension, peers, reference
 from cramfast.kernels.cases import CASES
+from cramfast.qualify.candidates import promises_equal_bits
 from cramfast.session import kernelchoice
 
 
@@ -90,7 +91,7 @@ def test_the_floor_of_a_torch_whose_varlen_attention_has_no_window(on_gpu, monke
     assert dispatch.floor("attention", "cuda", torch.bfloat16, windowed=True) == "padded"
 
 
-def test_the_floor_says_what_waits_and_how_it_rotates(on_gpu, monkeypatch):
+def test_the_floor_says_what_waits(on_gpu, monkeypatch):
     card(monkeypatch, "sm_86", packages=(), built=True)
     assert dispatch.choose("glu", "cuda", torch.bfloat16).reason == (
         "stock PyTorch, needs no measurement on sm_86; cpp waits for --qualify"
@@ -98,10 +99,26 @@ def test_the_floor_says_what_waits_and_how_it_rotates(on_gpu, monkeypatch):
     card(monkeypatch, "sm_86", built=True)
     reason = dispatch.choose("layernorm_glu", "cuda", torch.bfloat16).reason
     assert reason.endswith("; cpp, cpp_fused, triton wait for --qualify")
-    assert "rotation" not in dispatch.choose("attention", "cuda", torch.bfloat16).reason
+    reason = dispatch.choose("attention", "cuda", torch.bfloat16).reason
+    assert reason.endswith("; cpp, torch_varlen_triton wait for --qualify"), "our rotation is tried like any other"
     card(monkeypatch, "sm_75")
-    reason = dispatch.choose("attention", "cuda", torch.float16).reason
-    assert "rotation in PyTorch's operators: it needs sm_80 or later" in reason
+    assert "wait" not in dispatch.choose("attention", "cuda", torch.float16).reason
+
+
+def test_our_rotation_is_tried_before_the_form_that_runs_unasked(on_gpu, monkeypatch):
+    card(monkeypatch, "sm_86")
+    for dtype, windowed, expected in (
+        (torch.bfloat16, False, "torch_varlen"),
+        (torch.float32, False, "torch_efficient"),
+        (torch.float32, True, "padded"),
+    ):
+        found = [n for n in dispatch.candidates("attention", "cuda", dtype, windowed) if n.endswith(dispatch.FUSED)]
+        assert found == [f"{expected}{dispatch.FUSED}"]
+    card(monkeypatch, "sm_86", packages=())
+    assert dispatch.obstacle("attention", "torch_varlen_triton", "cuda", torch.bfloat16).startswith("triton is not")
+    fused = {f"{name}{dispatch.FUSED}" for name in dispatch.FLOOR["attention"]}
+    assert fused <= dispatch.IMPLEMENTATIONS["attention"].keys()
+    assert not any(map(promises_equal_bits, fused)), "torch's backward passes add in any order"
 
 
 def test_a_verdict_goes_before_the_floor_and_what_is_asked_for_before_both(on_gpu, monkeypatch):
@@ -131,7 +148,7 @@ def test_verdicts_of_local_attention_and_of_adamw(on_gpu):
 
 def test_candidates_come_in_the_order_of_what_was_measured_nearest(on_gpu, monkeypatch):
     card(monkeypatch, "sm_86", packages=("triton", "flash_attn"))
-    plain = ["flash_attn", "torch_varlen", "torch_efficient", "padded"]
+    plain = ["flash_attn", "torch_varlen", "torch_varlen_triton", "torch_efficient", "padded"]
     assert dispatch.candidates("attention", "cuda", torch.bfloat16) == plain
     assert dispatch.candidates("attention", "cuda", torch.bfloat16, windowed=True) == [
         name for name in plain if name != "torch_efficient"
@@ -142,7 +159,7 @@ def test_candidates_come_in_the_order_of_what_was_measured_nearest(on_gpu, monke
         row("adamw", {"triton": 1.0, "stock": 9.0}, dtype="float32"),
     )
     first = dispatch.candidates("attention", "cuda", torch.bfloat16)
-    assert first == ["torch_varlen", "flash_attn", "torch_efficient", "padded"]
+    assert first == ["torch_varlen", "flash_attn", "torch_varlen_triton", "torch_efficient", "padded"]
     assert dispatch.choose("attention", "cuda", torch.bfloat16).implementation == "torch_varlen", (
         "a hint decides nothing"
     )

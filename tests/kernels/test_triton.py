@@ -193,38 +193,55 @@ def test_widths_are_limited_as_in_the_compiled_kernels():
     assert extension.module.layernorm_max_width == MAX_WIDTH
 
 
-# arrange.py: not an operator of its own, what stock attention needs first.
+# arrange.py: the rotation before stock attention, as the implementations whose names end in _triton take it.
+
+ATTENTION = next(case for case in CASES if case.op == "attention")
 
 
 @pytest.mark.parametrize("rotary", (True, False))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_rotation_before_stock_attention(monkeypatch, dtype, rotary):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotation_before_stock_attention(dtype, rotary):
     """Into a longer tensor and its gradient back, rows of no sequence full of NaN: as torch's operators do it."""
     places = Places(torch.tensor([0, 3, 3, 5, 5], dtype=torch.int32, device=DEVICE), 7, 3)
     x = torch.randn(7, 3, 3, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     x[5:] = torch.nan
     table = tuple(t.to(DEVICE) for t in rotary_table(3, 32)) if rotary else None
 
-    def both(fuses, x):
-        monkeypatch.setattr(arrange, "fuses", lambda _: fuses)
+    def both(fused, x):
         leaf = x.clone().requires_grad_()
-        out = arrange.arrange(leaf, places, table, 2, 1)
+        out = arrange.arrange(leaf, places, table, 2, 1, fused)
         cotangent = torch.arange(out.numel(), device=DEVICE).view(out.shape) % 7 - 3.0
         return out.detach(), *torch.autograd.grad(out, leaf, cotangent.to(x.dtype))
 
     eps = torch.finfo(dtype).eps
     for ours, true in zip(both(True, x), both(False, x.double()), strict=True):
         torch.testing.assert_close(ours.double(), true, rtol=eps, atol=eps)
-    assert arrange.agrees(DEVICE, dtype, 3, 32)
 
 
-def test_a_rotation_that_is_wrong_here_is_not_taken(monkeypatch):
-    right = arrange.launch
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    (
+        {"lengths": (40, 0, 17), "H": 3, "K": 32, "tail": 5},
+        {"lengths": (40, 17), "H": 1, "K": 64, "window": 5},
+        {"lengths": (9, 1), "H": 2, "K": 128, "rotary": False},
+    ),
+    ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()),
+)
+def test_attention_after_it_against_float64(shape, dtype):
+    """The padded form, whose backward pass reads the gradient where its halo had shifted the rows to."""
+    with dispatch.using("attention", "padded_triton", device=DEVICE):
+        assert_reproduces_reference(DEVICE, ATTENTION, shape, dtype)
 
-    def wrong(out, x, tables, own_N, shift, direction):
-        right(out, x, tables, own_N, shift, direction)
-        out[5] += 0.1
 
-    monkeypatch.setattr(arrange, "launch", wrong)
-    with pytest.warns(UserWarning, match="the Triton kernel was wrong here"):
-        assert not arrange.agrees(DEVICE, torch.float32, 1, 32)
+def test_only_what_is_named_so_rotates_by_it(monkeypatch):
+    from cramfast.kernels import triton_arrange
+
+    launched = []
+    right = triton_arrange.arrange
+    monkeypatch.setattr(triton_arrange, "arrange", lambda *a: launched.append(a[-1]) or right(*a))
+    inputs = _make(ATTENTION, {"lengths": (5, 3), "H": 1, "K": 32, "tail": 2}, torch.float32)
+    for name, expected in (("padded", []), ("padded_triton", [1, -1])):
+        with dispatch.using("attention", name, device=DEVICE):
+            _evaluate(cramfast.kernels, ATTENTION, inputs)
+        assert launched == expected
