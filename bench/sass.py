@@ -45,7 +45,7 @@ ARCHITECTURES = {
 
 
 # printf takes its values in local memory; these kernels print before they trap, and do nothing else that takes time.
-PRINTS = ("attention_check_kernel",)
+PRINTS = ("attention_check_kernel", "cross_entropy_check_kernel")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ namespace cramfast {
 
 struct CrossEntropy {
   void* logits;                // (rows, vocabulary); becomes the gradient when write_gradient is set
-  const std::int64_t* target;  // (rows,), negative: row ignored
+  const std::int64_t* target;  // (rows,), negative: row ignored; vocabulary or more ends the launch on a GPU
   float* loss;                 // (rows,)
   std::int64_t rows, vocabulary;
   float z_loss;  // weight of lse^2; 0 for none

@@ -61,6 +61,16 @@ struct Row {
   }
 };
 
+// A target beyond the vocabulary would be read outside the logits; the host cannot look without waiting for the device.
+// In a kernel of its own, as for attention's offsets: the rows' kernel does not run once this one has trapped, and does
+// not pay for printf.
+__global__ void __launch_bounds__(threads) cross_entropy_check_kernel(CrossEntropy args) {
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * threads + threadIdx.x;
+  if (row >= args.rows || args.target[row] < args.vocabulary) return;
+  const long long target = args.target[row], vocabulary = args.vocabulary;  // printf's
+  stop("cross_entropy: target %lld is outside the vocabulary of %lld\n", target, vocabulary);
+}
+
 template <class T, int vec, int pieces>
 __global__ void __launch_bounds__(threads, pieces <= 8 ? 2 : 1) cross_entropy_kernel(CrossEntropy args) {
   SHARED(float, largest_of_warp, block_warps);
@@ -114,6 +124,8 @@ void launch_kernel(Cuda device, const CrossEntropy& args) {
 }  // namespace
 
 void cross_entropy(Cuda device, const CrossEntropy& args) {
+  launch("cross_entropy_check", cross_entropy_check_kernel, device,
+         static_cast<unsigned>((args.rows + threads - 1) / threads), threads, 0, args);
   with_stored_type(args.dtype, [&](auto* stored) {
     using T = std::remove_pointer_t<decltype(stored)>;
     constexpr int vec = 16 / sizeof(T), once = threads * vec;

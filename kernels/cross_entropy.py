@@ -2,7 +2,7 @@
 
 import torch
 
-from cramfast.kernels import accumulate, dispatch
+from cramfast.kernels import accumulate, dispatch, linear
 from cramfast.kernels.extension import DTYPE_CODES, check, check_activations
 from cramfast.kernels.registry import register
 
@@ -33,7 +33,9 @@ def _add_product(total_VD, logits_mV, hidden_mD, first: bool) -> None:
     """total += logits^T hidden, summed in float32; where `first`, total is not read."""
     beta = 0.0 if first else 1.0
     if logits_mV.is_cuda and logits_mV.dtype != torch.float32:
-        torch.addmm(total_VD, logits_mV.t(), hidden_mD, out_dtype=torch.float32, beta=beta, out=total_VD)
+        # A float32 `total` beside half-precision factors: torch takes it since 2.10 (pytorch pull request 167931).
+        with linear.whole_sums():
+            torch.addmm(total_VD, logits_mV.t(), hidden_mD, out_dtype=torch.float32, beta=beta, out=total_VD)
     elif logits_mV.dtype != torch.bfloat16:  # float16 on a CPU comes from the emulator: a test
         torch.addmm(total_VD, logits_mV.t().float(), hidden_mD.float(), beta=beta, out=total_VD)
     elif first:
@@ -137,7 +139,8 @@ def masked_cross_entropy(hidden, weight, target, z_loss=0.0):
         () float32, the mean over the rows with a target, z_loss included; 0 when there is none.
 
     Raises:
-        ValueError: a shape or dtype that does not fit, a target outside the vocabulary.
+        ValueError: a shape or dtype that does not fit, a target outside the vocabulary. On a GPU, which nobody can look
+            at without waiting, such a target ends the launch and standard output names it; Triton's loss is NaN.
 
     The forward pass computes the gradient of each chunk of logits in place and multiplies it at once, so backward is
     free and no logit is computed twice; CHUNK_BYTES bounds the memory. The decoder's gradient is summed in float32 over

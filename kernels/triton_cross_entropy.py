@@ -1,7 +1,8 @@
 """Loss and gradient of rows of logits in place, in Triton: the formulas of csrc/cross_entropy.h. Bound by memory.
 
 One program for each row. A row that fits the registers is read once and written once; a longer one is read in chunks,
-three times, mostly from the L2 cache.
+three times, mostly from the L2 cache. A target outside the vocabulary, which the host could only see by waiting, makes
+its row's loss and gradient NaN.
 """
 
 import triton
@@ -19,7 +20,7 @@ def _whole_row_kernel(logits, target, loss, vocabulary, z_loss, gain, WRITE: tl.
     logits += row * vocabulary + column
     z = tl.load(logits, inside, other=float("-inf")).to(tl.float32)
     largest = tl.max(z, 0)
-    at_target = tl.sum(tl.where(column == wanted, z, 0.0), 0)
+    at_target = tl.where(wanted < vocabulary, tl.sum(tl.where(column == wanted, z, 0.0), 0), float("nan"))
     # largest + log(sum) would round away digits that all probabilities of the row share: keep the two apart.
     log_sum = tl.log(tl.sum(tl.exp(z - largest), 0))
     lse = largest + log_sum
@@ -28,7 +29,8 @@ def _whole_row_kernel(logits, target, loss, vocabulary, z_loss, gain, WRITE: tl.
         # Exponentials of other arguments: the first ones, held beside the logits, would not fit the registers.
         probability = tl.exp((z - largest) - log_sum)
         slope = probability * (1.0 + 2.0 * z_loss * lse) - tl.where(column == wanted, 1.0, 0.0)
-        slope = tl.where(wanted < 0, 0.0, slope * gain)
+        slope = tl.where(wanted < vocabulary, slope * gain, float("nan"))
+        slope = tl.where(wanted < 0, 0.0, slope)
         tl.store(logits, slope.to(logits.dtype.element_ty), inside)
 
 
@@ -54,6 +56,7 @@ def _chunked_row_kernel(logits, target, loss, vocabulary, z_loss, gain, WRITE: t
     total = tl.sum(total, 0)
     lse = largest + tl.log(total)
     row_loss = tl.log(total) + (largest - tl.sum(at_target, 0)) + z_loss * lse * lse
+    row_loss = tl.where(wanted < vocabulary, row_loss, float("nan"))
     tl.store(loss + row, tl.where(wanted < 0, 0.0, row_loss))
     if WRITE:
         share = (1.0 + 2.0 * z_loss * lse) / total
@@ -62,6 +65,7 @@ def _chunked_row_kernel(logits, target, loss, vocabulary, z_loss, gain, WRITE: t
             inside = column < vocabulary
             z = tl.load(logits + column, inside, other=float("-inf")).to(tl.float32)
             slope = (tl.exp(z - largest) * share - tl.where(column == wanted, 1.0, 0.0)) * gain
+            slope = tl.where(wanted < vocabulary, slope, float("nan"))
             slope = tl.where(wanted < 0, 0.0, slope)
             tl.store(logits + column, slope.to(logits.dtype.element_ty), inside)
 

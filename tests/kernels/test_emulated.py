@@ -134,6 +134,18 @@ def test_logits_of_any_width(module, V, dtype):
     _assert_as_good_as_eager(ours, {"loss": picked, "gradient": slope}, truth)
 
 
+@pytest.mark.parametrize("V", (8, 1001))
+@pytest.mark.parametrize("target", (0, 2**40))
+def test_a_target_outside_the_vocabulary_stops_the_launch_and_is_named(module, V, target):
+    """On a GPU Python does not look at the targets. Nothing is read or written then; V itself is the first outside."""
+    logits, loss = torch.zeros(600, V).half(), torch.full((600,), 7.0)
+    targets = torch.full((600,), -100)
+    targets[599] = V + target
+    with pytest.raises(RuntimeError, match=f"cross_entropy: target {V + target} is outside the vocabulary of {V}"):
+        extension.call("cross_entropy", logits, logits, targets, loss, 600, V, 0.0, 1.0, True, DTYPE_CODES[torch.half])
+    assert not logits.any() and (loss == 7).all()
+
+
 # Shapes that together pass every barrier, wait and mma of an operator, twice where a barrier guards a loop.
 FAULTS = {
     "layernorm": (torch.float32, ({"N": 70, "D": 256}, {"N": 70, "D": 1030})),

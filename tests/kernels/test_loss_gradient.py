@@ -1,5 +1,7 @@
 """The loss's gradient where float16 and long sums would lose it: about 20,000 masked rows, a loss scale of 65,536."""
 
+import types
+
 import pytest
 import torch
 from test_ops import _assert_as_good_as_eager
@@ -52,6 +54,20 @@ def _inputs(M, V, dtype=torch.float16, D=24):
 
 def _off(ours, truth):
     return {name: float((ours[name].double() - true).norm() / true.norm()) for name, true in truth.items()}
+
+
+def test_on_a_gpu_the_decoder_gradient_adds_no_parts_in_half_precision(monkeypatch):
+    flags, seen = torch.backends.cuda.matmul, []
+
+    def addmm(total, a, b, *, out_dtype, beta, out):
+        both = flags.allow_fp16_reduced_precision_reduction, flags.allow_bf16_reduced_precision_reduction
+        seen.append((out_dtype, beta, out is total, *both))
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    logits = types.SimpleNamespace(is_cuda=True, dtype=torch.float16, t=lambda: None)
+    for first in (True, False):
+        cross_entropy._add_product(torch.zeros(3, 2), logits, None, first)
+    assert seen == [(torch.float32, beta, True, False, False) for beta in (0.0, 1.0)]
 
 
 def test_float16_gradients_of_many_rows_keep_their_digits(implementation):

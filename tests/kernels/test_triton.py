@@ -193,6 +193,18 @@ def test_widths_are_limited_as_in_the_compiled_kernels():
     assert extension.module.layernorm_max_width == MAX_WIDTH
 
 
+@pytest.mark.parametrize("V", (1000, 70_001))  # a row held whole, and one in chunks
+def test_a_target_outside_the_vocabulary_makes_its_row_nan(V):
+    """Triton cannot stop a launch; a loss that looks like one would be worse."""
+    from cramfast.kernels import triton_kernels
+
+    logits, loss = (t.to(DEVICE) for t in (torch.randn(4, V), torch.zeros(4)))
+    target = torch.tensor([3, V, 2**40, -100], device=DEVICE)
+    triton_kernels.call("cross_entropy", logits, logits, target, loss, 4, V, 1e-4, 1.0, True, 0)
+    assert loss.isnan().tolist() == logits.isnan().all(1).tolist() == [False, True, True, False]
+    assert logits[0].isfinite().all() and not logits[3].any() and loss[3] == 0
+
+
 # arrange.py: the rotation before stock attention, as the implementations whose names end in _triton take it.
 
 ATTENTION = next(case for case in CASES if case.op == "attention")
