@@ -47,9 +47,9 @@ def _write(out, x, tables, own_N, shift, direction, fused):
     The tables and own_N go by the shorter one's rows: forwards x has them, backwards out.
     """
     if fused and out.numel():
-        from cramfast.kernels import triton_arrange
+        from cramfast.kernels import triton_kernels
 
-        triton_arrange.arrange(out, x, tables, own_N, shift, direction)
+        triton_kernels.call("arrange", x, out, x, tables, own_N, shift, direction)
         return out
     N = len(own_N)
     if direction == 1:

@@ -1,4 +1,5 @@
-"""The Triton kernels under the names of the compiled ones, called as extension.call calls those: tensors stay tensors.
+"""The Triton kernels under the names of the compiled ones, called as extension.call calls those: tensors stay tensors;
+and the rotation before stock attention.
 
 Importing this module imports Triton, which an installation for the CPU may lack; dispatch.launcher does it on demand.
 """
@@ -8,15 +9,14 @@ import contextlib
 import torch
 
 from cramfast.kernels.triton_adamw import adamw, adamw_partials
+from cramfast.kernels.triton_arrange import arrange
 from cramfast.kernels.triton_cross_entropy import cross_entropy
 from cramfast.kernels.triton_glu import glu_bwd, glu_fwd
 from cramfast.kernels.triton_layernorm import layernorm_bwd, layernorm_fwd, layernorm_partials
 from cramfast.kernels.triton_layernorm_glu import layernorm_glu_fwd
 
-_KERNELS = {
-    function.__name__: function
-    for function in (layernorm_fwd, layernorm_bwd, glu_fwd, glu_bwd, layernorm_glu_fwd, cross_entropy, adamw)
-}
+_FUNCTIONS = (layernorm_fwd, layernorm_bwd, glu_fwd, glu_bwd, layernorm_glu_fwd, cross_entropy, adamw, arrange)
+_KERNELS = {function.__name__: function for function in _FUNCTIONS}
 _SIZES = {function.__name__: function for function in (layernorm_partials, adamw_partials)}
 
 

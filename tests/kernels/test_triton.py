@@ -247,11 +247,11 @@ def test_attention_after_it_against_float64(shape, dtype):
 
 
 def test_only_what_is_named_so_rotates_by_it(monkeypatch):
-    from cramfast.kernels import triton_arrange
+    from cramfast.kernels import triton_kernels
 
     launched = []
-    right = triton_arrange.arrange
-    monkeypatch.setattr(triton_arrange, "arrange", lambda *a: launched.append(a[-1]) or right(*a))
+    right = triton_kernels._KERNELS["arrange"]
+    monkeypatch.setitem(triton_kernels._KERNELS, "arrange", lambda *a: launched.append(a[-1]) or right(*a))
     inputs = _make(ATTENTION, {"lengths": (5, 3), "H": 1, "K": 32, "tail": 2}, torch.float32)
     for name, expected in (("padded", []), ("padded_triton", [1, -1])):
         with dispatch.using("attention", name, device=DEVICE):
