@@ -228,6 +228,13 @@ def masked_cross_entropy(hidden, weight, target, z_loss=0.0):
     return _MaskedCrossEntropy.apply(hidden, weight, target, float(z_loss))
 
 
+def _norm(grad):
+    """() float64, the length of a gradient. In float32 the squares of a finite one overflow from 2e19 on; in float64
+    torch first makes a copy of what it is given, so it is given pieces."""
+    pieces = [torch.linalg.vector_norm(piece.double()) for piece in grad.split(ADAMW_CHUNK)]
+    return torch.linalg.vector_norm(torch.stack(pieces))
+
+
 @torch.no_grad()
 def adamw(
     master, grad, exp_avg, exp_avg_sq, half, segment_end, segment_decay, segment_lr, scalars, *, beta1, beta2, eps,
@@ -235,7 +242,7 @@ def adamw(
 ):  # fmt: skip
     """As kernels.adamw: a non-finite gradient is left out by factors of zero, not by a branch of the host's."""
     lr, step, inverse_scale = scalars[0].double(), scalars[1].double(), scalars[2].double()
-    norm = torch.linalg.vector_norm(grad, dtype=torch.float64) * inverse_scale
+    norm = _norm(grad) * inverse_scale
     finite = norm < math.inf
     clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else 1.0
     taken = finite.float()

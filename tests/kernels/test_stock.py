@@ -1,5 +1,6 @@
 """The floor: every operator from stock PyTorch against float64 of the reference, and what it promises besides."""
 
+import math
 import types
 
 import pytest
@@ -169,6 +170,49 @@ def test_adamw_in_pieces_is_adamw_in_one(monkeypatch):
     monkeypatch.setattr(stock, "ADAMW_CHUNK", 1000)
     pieces = _evaluate(floor_of("adamw"), case, inputs)
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+class Made(TorchDispatchMode):
+    """Bytes of the largest tensor that a call makes: of its results, and of the copy that a norm in another dtype takes
+    on a GPU, which no call shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.linalg_vector_norm.default and kwargs and kwargs.get("dtype"):
+            self.largest = max(self.largest, args[0].numel() * kwargs["dtype"].itemsize)
+        if isinstance(out, torch.Tensor) and not function.is_view:
+            given = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
+            if out.untyped_storage()._cdata not in given:
+                self.largest = max(self.largest, out.nbytes)
+        return out
+
+
+def test_adamw_makes_nothing_as_long_as_the_parameters(monkeypatch):
+    monkeypatch.setattr(stock, "ADAMW_CHUNK", 1000)
+    inputs = CASE_OF["adamw"].make(P=200_001, segments=4, dtype=torch.float32, seed=0)
+    with Made() as made:
+        stock.adamw(**inputs, beta1=0.9, beta2=0.98, eps=1e-8)
+    assert 8 * 1000 <= made.largest <= 8 * 1000 + 8
+
+
+@pytest.mark.parametrize(
+    ("entries", "finite"),
+    [({}, True), ({7: 1e30, 2500: -3e38}, True), ({2500: math.inf}, False), ({0: math.nan, 1: math.inf}, False)],
+)
+def test_the_norm_of_a_gradient_in_pieces(monkeypatch, entries, finite):
+    """Squares that float32 does not hold, and what is no number in any piece."""
+    monkeypatch.setattr(stock, "ADAMW_CHUNK", 1000)
+    grad = torch.randn(3001, generator=torch.Generator().manual_seed(0))
+    for place, value in entries.items():
+        grad[place] = value
+    norm = stock._norm(grad)
+    assert bool(norm < math.inf) == finite and norm.dtype == torch.float64
+    if finite:
+        assert abs(norm / grad.double().norm() - 1) < 1e-12
 
 
 # Attention.
