@@ -41,8 +41,9 @@ class NoDevice:
 
 
 def run_operators(dtype: torch.dtype) -> None:
-    """Call every operator that has Triton kernels, forward and backward."""
-    from cramfast.kernels.triton_cross_entropy import LONGEST_ROW  # imports Triton, which must see NoDevice first
+    """Call every operator that has Triton kernels, forward and backward, and the rotation before stock attention."""
+    from cramfast.kernels import triton_kernels  # imports Triton, which must see NoDevice first
+    from cramfast.kernels.triton_cross_entropy import LONGEST_ROW
 
     ops, rows = torch.ops.cramfast, torch.zeros(N, D, dtype=dtype)
     vector, gates = torch.zeros(D), torch.zeros(N, 2 * F, dtype=dtype)
@@ -55,6 +56,8 @@ def run_operators(dtype: torch.dtype) -> None:
     for vocabulary in (LONGEST_ROW, V):  # a row held whole, and one in chunks
         decoder, targets = table[:vocabulary], torch.zeros(N, dtype=torch.int64)
         ops.masked_cross_entropy_fwd(table[:N], decoder, targets, 0.0, True, "triton")
+    own, heads = torch.ones(N, dtype=torch.bool), rows.view(N, 1, D // 64, 64).expand(-1, 3, -1, -1).contiguous()
+    triton_kernels.call("arrange", heads, torch.empty_like(heads), heads, (torch.ones(N, 32),) * 2, own, 0, 1)
     if dtype != torch.float32:
         buffers = [torch.zeros(P) for _ in range(4)]
         segments = (torch.tensor([P // 2, P]), torch.zeros(2), torch.ones(2), torch.zeros(5))
