@@ -97,6 +97,8 @@ def torch_varlen(target: Target) -> str:
     """torch's varlen attention."""
     if found := _gpu(target, 80):
         return found
+    if not peers.torch_has_flash_attention():
+        return f"torch {torch.__version__} was built without flash attention; install a build from pytorch.org"
     if target.windowed and not peers.varlen_attn_has_window():
         return f"varlen_attn of torch {torch.__version__} takes no window; pip install -U torch"
     return _dtype(target, HALF)

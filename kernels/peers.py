@@ -76,6 +76,13 @@ def torch_efficient(qkv, cu_seqlens, max_seqlen, rotary=None, window=None, place
     return _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places, fused)
 
 
+def torch_has_flash_attention() -> bool:
+    """Whether this torch's varlen_attn has kernels; a build for the CPU, where a card is only counted, stands for one
+    that has them."""
+    cuda = torch.backends.cuda
+    return not cuda.is_built() or cuda.is_flash_attention_available()
+
+
 def varlen_attn_has_window() -> bool:
     """Whether this torch's varlen_attn takes a two-sided window."""
     from torch.nn.attention.varlen import varlen_attn

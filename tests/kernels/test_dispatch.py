@@ -91,6 +91,17 @@ def test_the_floor_of_a_torch_whose_varlen_attention_has_no_window(on_gpu, monke
     assert dispatch.floor("attention", "cuda", torch.bfloat16, windowed=True) == "padded"
 
 
+def test_the_floor_of_a_torch_without_flash_attention(on_gpu, monkeypatch):
+    """Some builds have varlen_attn and no kernel behind it: it would raise at the first step."""
+    assert not dispatch.obstacle("attention", "torch_varlen", "cuda", torch.bfloat16), "a card counted on a CPU's torch"
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    for available, floors in ((True, ("torch_varlen", "torch_varlen")), (False, ("torch_efficient", "padded"))):
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda there=available: there)
+        assert floors == tuple(dispatch.floor("attention", "cuda", torch.bfloat16, local) for local in (False, True))
+    found = dispatch.obstacle("attention", "torch_varlen", "cuda", torch.bfloat16)
+    assert "was built without flash attention; install" in found
+
+
 def test_the_floor_says_what_waits(on_gpu, monkeypatch):
     card(monkeypatch, "sm_86", packages=(), built=True)
     assert dispatch.choose("glu", "cuda", torch.bfloat16).reason == (
