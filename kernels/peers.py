@@ -30,6 +30,7 @@ def _attention(attend, qkv, cu_seqlens, max_seqlen, rotary, places, fused=False)
     wait for the device to say where the last sequence ends.
     """
     places = places or Places(cu_seqlens, len(qkv), max_seqlen)
+    max_seqlen = min(max_seqlen, len(qkv))  # the efficient operator's backward pass refuses more
     q, k, v = arrange.arrange(qkv, places, rotary if max_seqlen else None, fused=fused).unbind(1)
     if max_seqlen == 0:  # all rows are zeros now, and no kernel can be launched for no block
         return v

@@ -47,7 +47,8 @@ class Places:
 
     def blocks(self, window):
         """(queries a block, keys on either side of it that they can see) of padded attention, multiples of 16."""
-        reach = max(self.max_seqlen - 1, 0) if window is None else min(window, max(self.max_seqlen - 1, 0))
+        reach = max(min(self.max_seqlen, self.tokens) - 1, 0)
+        reach = reach if window is None else min(window, reach)
         halo = -(-reach // 16) * 16
         return max(64, -(-halo // 64) * 64), halo
 

@@ -15,7 +15,7 @@ from cramfast.commandline import parse
 from cramfast.config import TrainConfig
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch, extension, peers, reference
-from cramfast.kernels.cases import CASES
+from cramfast.kernels.cases import CASES, rotary_table
 from cramfast.qualify.candidates import promises_equal_bits
 from cramfast.session import kernelchoice
 
@@ -321,6 +321,7 @@ def install_torch_varlen(monkeypatch):
 
 def install_torch_efficient(monkeypatch):
     def forward(q, k, v, bias, cu_q, cu_k, max_q, max_k, dropout, mask_type, lse):
+        assert max_q == max_k <= q.shape[1], "its backward pass refuses more"
         assert bias is None and dropout == 0 and mask_type == peers.NO_MASK and lse == q.requires_grad
         return (stand_in(q[0], k[0], v[0], cu_q, None)[None],)
 
@@ -349,6 +350,18 @@ def test_attention_of_other_libraries_keeps_our_meaning(monkeypatch, name, shape
     _assert_as_good_as_eager(ours, _evaluate(reference, ATTENTION, inputs), truth)
     used = int(inputs["cu_seqlens"][-1])
     assert not ours["out0"][used:].any() and not ours["dqkv"][used:].any(), "rows of no sequence are zero"
+
+
+@pytest.mark.parametrize("name", (*INSTALL, "padded"))
+def test_a_longest_sequence_beyond_the_batch(monkeypatch, name):
+    """The limit is the run's, and a small batch has fewer tokens."""
+    INSTALL.get(name, lambda monkeypatch: None)(monkeypatch)
+    inputs = ATTENTION.make(lengths=(9, 11), H=2, K=32, dtype=torch.float32, seed=0, tail=3)
+    attend = dispatch.IMPLEMENTATIONS["attention"][name].function
+    inputs["qkv"].requires_grad_()
+    tight = attend(**inputs)
+    wide = attend(**inputs | {"max_seqlen": 512, "rotary": rotary_table(512, 32)})
+    assert torch.equal(tight, wide)
 
 
 def test_efficient_attention_refuses_a_window():

@@ -266,6 +266,7 @@ def test_padded_attention_looks_only_as_far_as_it_must():
     places = Places(torch.tensor([0, 65536], dtype=torch.int32, device="meta"), 65536, 512)
     assert places.blocks(None) == (512, 512) and places.blocks(64) == (64, 64) and places.blocks(0) == (64, 0)
     assert Places(torch.tensor([0, 1]), 1, 1).blocks(None) == (64, 0)
+    assert Places(torch.tensor([0, 20]), 24, 512).blocks(None) == (64, 32), "no sequence is longer than the batch"
     assert places.bias(None, torch.float16).shape == (128, 1, 512, 1536)
 
 
