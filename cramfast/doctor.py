@@ -40,7 +40,7 @@ PACKAGES = (
     "flash-attn",
     "apex",
 )
-BUILDS = ("baseline", "avx2", "avx512", "avx512_bf16")  # what csrc/cpu_dispatch.cpp knows as CRAMFAST_CPU
+BUILDS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # what csrc/cpu_dispatch.cpp knows as CRAMFAST_CPU
 DRIVER = Path("/proc/driver/nvidia/version")
 NARROWEST = 100  # characters of a table: in fewer, names of operators and implementations would be cut
 SHAPES_CHECKED = 2  # of each Case: a plain one and one with other options

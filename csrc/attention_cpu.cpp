@@ -17,11 +17,12 @@ namespace {
 
 using Size = std::int64_t;
 
-constexpr Size block_rows = 48;  // queries: a multiple of tile_rows and of two
+template <class Form>
+constexpr Size block_rows = Form::tiles ? 64 : 48;  // queries: a multiple of tile_rows, of two, and of whole tiles
 constexpr Size block_keys = 512;
 constexpr Size block_stride = block_keys + lanes;  // an odd number of vectors keeps columns in different cache sets
 constexpr Size max_head_width = 256;
-static_assert(block_rows % (2 * tile_rows) == 0 && block_keys % panel == 0 && block_stride % lanes == 0);
+static_assert(block_rows<Single> % (2 * tile_rows) == 0 && block_keys % panel == 0 && block_stride % lanes == 0);
 
 Size round_up(Size value, Size multiple) { return ceil_div(value, multiple) * multiple; }
 
@@ -60,7 +61,7 @@ Words<typename Form::Word> take_block_words(Arena& arena, float* values) {
   if constexpr (Form::depth == 1) {
     return {values, values, block_stride, block_stride};
   } else {
-    return take_words<Form>(arena, block_rows, block_stride);
+    return take_words<Form>(arena, block_rows<Form>, block_stride);
   }
 }
 
@@ -131,7 +132,7 @@ Stored<T> projection(const Args& args, Memory* qkv, const Head& head, int which)
 // Rows beyond the last become zeros, up to whole vectors, so that no product meets what scratch held before.
 template <class Form, class T>
 void load_words(const Stored<const T>& from, const Words<typename Form::Word>& to) {
-  const Size rows = round_up(from.rows, lanes);
+  const Size rows = round_up(from.rows, std::max<Size>(lanes, Form::summed));
   if constexpr (Form::depth == 1) {
     for (Size row = 0; row < rows; ++row) from.load(row, to.along + row * to.along_stride);
   } else {
@@ -164,6 +165,14 @@ bool mask_row(float* scores, Size i, Size begin, Size n, Size length, Size windo
   return first < last;
 }
 
+// Columns of a block of scores come in so many, and the words of a summed dimension of n values are so many.
+template <class Form>
+constexpr Size padded = Form::summed > lanes ? Form::summed : lanes;
+template <class Form>
+constexpr Size words_of(Size n) {
+  return round_up(n, Form::summed) / Form::depth;
+}
+
 template <class Form>
 struct ForwardScratch {
   Words<typename Form::Word> q, k, v, p;
@@ -176,10 +185,10 @@ struct ForwardScratch {
     k = take_words<Form>(arena, rows, width);
     v = take_words<Form>(arena, rows, width);
     k_transposed = arena.take<typename Form::Word>(rows * width / Form::depth);
-    scores = arena.take<float>(block_rows * block_stride);
-    out = arena.take<float>(block_rows * width);
-    largest = arena.take<float>(block_rows);
-    sum = arena.take<float>(block_rows);
+    scores = arena.take<float>(block_rows<Form> * block_stride);
+    out = arena.take<float>(block_rows<Form> * width);
+    largest = arena.take<float>(block_rows<Form>);
+    sum = arena.take<float>(block_rows<Form>);
     p = take_block_words<Form>(arena, scores);
   }
 };
@@ -206,7 +215,7 @@ void softmax_row(float* __restrict scores, Size n, float scale, float& largest, 
 template <class Form>
 void forward_keys(ForwardScratch<Form>& scratch, Range queries, Range keys, Size length, Size width, Size window,
                   float scale) {
-  const Size rows = queries.end - queries.begin, n = round_up(keys.end - keys.begin, lanes);
+  const Size rows = queries.end - queries.begin, n = round_up(keys.end - keys.begin, padded<Form>);
   multiply<Form>(rows, n, width / Form::depth, left_rows<Form>(scratch.q, queries.begin),
                  transposed_from<Form>(scratch.k_transposed, keys.begin, width), scratch.scores, block_stride, false);
   for (Size r = 0; r < rows; ++r) {
@@ -221,7 +230,7 @@ void forward_keys(ForwardScratch<Form>& scratch, Range queries, Range keys, Size
       if (r % 2 == 1 || r + 1 == rows) Form::store(scratch.p, r / 2 * 2, even, even + block_stride, n);
     }
   }
-  multiply<Form>(rows, width, ceil_div(keys.end - keys.begin, Form::depth), left_rows<Form>(scratch.p, 0),
+  multiply<Form>(rows, width, words_of<Form>(keys.end - keys.begin), left_rows<Form>(scratch.p, 0),
                  rows_from<Form>(scratch.v, keys.begin), scratch.out, width, true);
 }
 
@@ -235,9 +244,9 @@ void forward_head(const AttentionForward& args, const Head& head, CacheLine* mem
   load_words<Form>(projection<const T>(args, args.qkv, head, 0), scratch.q);
   load_words<Form>(projection<const T>(args, args.qkv, head, 1), scratch.k);
   load_words<Form>(projection<const T>(args, args.qkv, head, 2), scratch.v);
-  transpose_words<Form>(scratch.k.along, round_up(head.length, lanes), K / Form::depth, scratch.k_transposed);
-  for (Size begin = 0; begin < head.length; begin += block_rows) {
-    const Range queries{begin, std::min(head.length, begin + block_rows)};
+  transpose_words<Form>(scratch.k.along, round_up(head.length, padded<Form>), K / Form::depth, scratch.k_transposed);
+  for (Size begin = 0; begin < head.length; begin += block_rows<Form>) {
+    const Range queries{begin, std::min(head.length, begin + block_rows<Form>)};
     const Range keys = keys_of(queries.begin, queries.end, head.length, args.window);
     const Size rows = queries.end - begin;
     std::fill_n(scratch.out, rows * K, 0.0f);
@@ -262,6 +271,10 @@ struct BackwardScratch {
   Words<typename Form::Word> q, k, v, dout, p, dz;
   typename Form::Word *k_transposed, *v_transposed;
   float *scores, *dp, *dq, *dk, *dv;
+  // Of Tiles: (width, rows) of words and of float32, with this stride in values.
+  Size transposed_stride = 0;
+  typename Form::Word *q_transposed = nullptr, *dout_transposed = nullptr;
+  float *dk_transposed = nullptr, *dv_transposed = nullptr;
 
   BackwardScratch(Arena& arena, Size longest, Size width) {
     const Size rows = round_up(longest, panel);
@@ -271,13 +284,20 @@ struct BackwardScratch {
     dout = take_words<Form>(arena, rows, width);
     k_transposed = arena.take<typename Form::Word>(rows * width / Form::depth);
     v_transposed = arena.take<typename Form::Word>(rows * width / Form::depth);
-    scores = arena.take<float>(block_rows * block_stride);
-    dp = arena.take<float>(block_rows * block_stride);
+    scores = arena.take<float>(block_rows<Form> * block_stride);
+    dp = arena.take<float>(block_rows<Form> * block_stride);
     p = take_block_words<Form>(arena, scores);
     dz = take_block_words<Form>(arena, dp);
-    dq = arena.take<float>(block_rows * width);
+    dq = arena.take<float>(block_rows<Form> * width);
     dk = arena.take<float>(rows * width);
     dv = arena.take<float>(rows * width);
+    if constexpr (Form::tiles) {
+      transposed_stride = rows + 2 * lanes;  // an odd number of vectors, as in block_stride
+      q_transposed = arena.take<typename Form::Word>(width * transposed_stride / 2);
+      dout_transposed = arena.take<typename Form::Word>(width * transposed_stride / 2);
+      dk_transposed = arena.take<float>(width * transposed_stride);
+      dv_transposed = arena.take<float>(width * transposed_stride);
+    }
   }
 };
 
@@ -311,14 +331,14 @@ float dot_row(const T* __restrict a, const T* __restrict b, Size n) {
 template <class Form>
 void backward_keys(BackwardScratch<Form>& scratch, Range queries, Range keys, Size length, Size width, Size window,
                    const float* lse, const float* delta, bool whole) {
-  const Size rows = queries.end - queries.begin, columns = keys.end - keys.begin, n = round_up(columns, lanes);
-  const Size words = width / Form::depth, row_words = ceil_div(rows, Form::depth);
+  const Size rows = queries.end - queries.begin, columns = keys.end - keys.begin, n = round_up(columns, padded<Form>);
+  const Size words = width / Form::depth, row_words = words_of<Form>(rows);
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   multiply<Form>(rows, n, words, left_rows<Form>(scratch.q, queries.begin),
                  transposed_from<Form>(scratch.k_transposed, keys.begin, width), scratch.scores, block_stride, false);
   multiply<Form>(rows, n, words, left_rows<Form>(scratch.dout, queries.begin),
                  transposed_from<Form>(scratch.v_transposed, keys.begin, width), scratch.dp, block_stride, false);
-  for (Size r = 0; r < round_up(rows, Form::depth); ++r) {
+  for (Size r = 0; r < round_up(rows, Form::summed); ++r) {
     float* scores = scratch.scores + r * block_stride;
     float* dp = scratch.dp + r * block_stride;
     if (r < rows) {
@@ -334,12 +354,20 @@ void backward_keys(BackwardScratch<Form>& scratch, Range queries, Range keys, Si
       Form::store(scratch.dz, r - 1, dp - block_stride, dp, n);
     }
   }
-  multiply<Form>(rows, width, ceil_div(columns, Form::depth), left_rows<Form>(scratch.dz, 0),
+  multiply<Form>(rows, width, words_of<Form>(columns), left_rows<Form>(scratch.dz, 0),
                  rows_from<Form>(scratch.k, keys.begin), scratch.dq, width, true);
-  multiply<Form>(columns, width, row_words, left_transposed<Form>(scratch.p),
-                 rows_from<Form>(scratch.dout, queries.begin), scratch.dv + keys.begin * width, width, true);
-  multiply<Form>(columns, width, row_words, left_transposed<Form>(scratch.dz),
-                 rows_from<Form>(scratch.q, queries.begin), scratch.dk + keys.begin * width, width, true);
+  if constexpr (Form::tiles) {  // dv^T = dout^T P: rows of P are words of B as they lie, and dout was transposed once
+    const Size from = queries.begin / Form::depth, stride = scratch.transposed_stride;
+    multiply<Form>(width, n, row_words, {scratch.dout_transposed + from, stride / 2, 1}, rows_from<Form>(scratch.p, 0),
+                   scratch.dv_transposed + keys.begin, stride, true);
+    multiply<Form>(width, n, row_words, {scratch.q_transposed + from, stride / 2, 1}, rows_from<Form>(scratch.dz, 0),
+                   scratch.dk_transposed + keys.begin, stride, true);
+  } else {
+    multiply<Form>(columns, width, row_words, left_transposed<Form>(scratch.p),
+                   rows_from<Form>(scratch.dout, queries.begin), scratch.dv + keys.begin * width, width, true);
+    multiply<Form>(columns, width, row_words, left_transposed<Form>(scratch.dz),
+                   rows_from<Form>(scratch.q, queries.begin), scratch.dk + keys.begin * width, width, true);
+  }
 }
 
 // Gradients of rows [begin, end) of one of q, k, v: scaled, turned back and rounded.
@@ -367,16 +395,26 @@ void backward_head(const AttentionBackward& args, const Head& head, CacheLine* m
   load_words<Form>(projection<const T>(args, args.qkv, head, 1), scratch.k);
   load_words<Form>(projection<const T>(args, args.qkv, head, 2), scratch.v);
   load_words<Form>(Stored<const T>{dout, out_stride, length, K, nullptr, nullptr}, scratch.dout);
-  transpose_words<Form>(scratch.k.along, round_up(length, lanes), K / Form::depth, scratch.k_transposed);
-  transpose_words<Form>(scratch.v.along, round_up(length, lanes), K / Form::depth, scratch.v_transposed);
-  std::fill_n(scratch.dk, length * K, 0.0f);
-  std::fill_n(scratch.dv, length * K, 0.0f);
+  transpose_words<Form>(scratch.k.along, round_up(length, padded<Form>), K / Form::depth, scratch.k_transposed);
+  transpose_words<Form>(scratch.v.along, round_up(length, padded<Form>), K / Form::depth, scratch.v_transposed);
+  const Size stride = scratch.transposed_stride;
+  if constexpr (Form::tiles) {
+    const Size rows = round_up(length, Form::summed) / Form::depth;
+    for (const auto& [from, to] : {std::pair(scratch.q, scratch.q_transposed), {scratch.dout, scratch.dout_transposed}}) {
+      transpose<WordVector>(from.across, from.across_stride, rows, K, to, stride / 2);
+    }
+    std::fill_n(scratch.dk_transposed, K * stride, 0.0f);
+    std::fill_n(scratch.dv_transposed, K * stride, 0.0f);
+  } else {
+    std::fill_n(scratch.dk, length * K, 0.0f);
+    std::fill_n(scratch.dv, length * K, 0.0f);
+  }
   const auto dq = projection<T>(args, args.dqkv, head, 0);
-  for (Size begin = 0; begin < length; begin += block_rows) {
-    const Range queries{begin, std::min(length, begin + block_rows)};
+  for (Size begin = 0; begin < length; begin += block_rows<Form>) {
+    const Range queries{begin, std::min(length, begin + block_rows<Form>)};
     const Range keys = keys_of(queries.begin, queries.end, length, args.window);
     const bool whole = keys.end - keys.begin <= block_keys;
-    float delta[block_rows] = {};
+    float delta[block_rows<Form>] = {};
     for (Size i = begin; i < queries.end && !whole; ++i) {
       delta[i - begin] = dot_row(dout + i * out_stride, out + i * out_stride, K);
     }
@@ -386,6 +424,10 @@ void backward_head(const AttentionBackward& args, const Head& head, CacheLine* m
       backward_keys(scratch, queries, some, length, K, args.window, lse + begin, delta, whole);
     }
     store_gradient(scratch.dq, dq, begin, queries.end, scale);
+  }
+  if constexpr (Form::tiles) {
+    transpose<FloatVector>(scratch.dk_transposed, stride, K, length, scratch.dk, K);
+    transpose<FloatVector>(scratch.dv_transposed, stride, K, length, scratch.dv, K);
   }
   store_gradient(scratch.dk, projection<T>(args, args.dqkv, head, 1), 0, length, scale);
   store_gradient(scratch.dv, projection<T>(args, args.dqkv, head, 2), 0, length, 1.0f);
@@ -397,6 +439,7 @@ void for_each_head(Cpu device, const Args& args, Size scratch_lines, const F& f)
   const std::unique_ptr<CacheLine[]> scratch(new CacheLine[device.threads * scratch_lines]);
   std::atomic<Size> next{0};
   parallel_for(device, device.threads, [&](Size thread) {
+    const TileConfiguration configuration;
     const Size tasks = args.sequences * args.heads;
     for (Size task = next++; task < tasks; task = next++) {
       const std::int32_t* bounds = args.cu_seqlens + task / args.heads;

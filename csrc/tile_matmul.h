@@ -2,7 +2,8 @@
 // at a time. CPU only, compiled per instruction set as simd.h says.
 //
 // Operands are made of 32-bit words along the summed dimension: a word holds one float32 (struct Single) or two
-// neighbouring bfloat16 (struct Pair, where the processor multiplies those at twice the rate). So a matrix exists in
+// neighbouring bfloat16 (struct Pair, where the processor multiplies those at twice the rate; struct Tiles, where it has
+// AMX, whose tiles are just such words: 16 rows of 16 of A, 16 by 16 of B). So a matrix exists in
 // two layouts, `along` with words that run along a row and `across` with words that join two rows; for Single they
 // are the same memory. A may have any strides; B needs its columns next to each other.
 #pragma once
@@ -60,7 +61,9 @@ struct Words {
 struct Single {
   using Word = float;
   using Vector = FloatVector;
-  static constexpr int depth = 1;  // values in a word
+  static constexpr int depth = 1;   // values in a word
+  static constexpr int summed = 1;  // values that a product sums at once: operands go on in zeros up to a multiple
+  static constexpr bool tiles = false;
 
   static FloatVector multiply_add(FloatVector sum, float a, FloatVector b) { return sum + a * b; }
 };
@@ -70,7 +73,8 @@ struct Pair {
   using Word = std::int32_t;
   using Vector = WordVector;
   typedef std::uint16_t HalfVector __attribute__((vector_size(2 * lanes)));
-  static constexpr int depth = 2;
+  static constexpr int depth = 2, summed = 2;
+  static constexpr bool tiles = false;
 
   static FloatVector multiply_add(FloatVector sum, std::int32_t a, WordVector b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
@@ -95,10 +99,48 @@ struct Pair {
     }
   }
 };
+#ifdef __AMX_BF16__
+struct Tiles : Pair {
+  static constexpr int summed = 32;
+  static constexpr bool tiles = true;
+};
+using Bf16Form = Tiles;
+#else
 using Bf16Form = Pair;
+#endif
 #else
 using Bf16Form = Single;
 #endif
+
+// What a thread needs around multiply<Tiles>: eight tiles of 16 rows of 64 bytes. The configuration that it had comes
+// back, since other libraries (oneDNN) look at it to see whether theirs is still there.
+class TileConfiguration {
+#ifdef __AMX_BF16__
+  struct alignas(64) Layout {
+    std::uint8_t palette, start_row, reserved[14];
+    std::uint16_t bytes[16];
+    std::uint8_t rows[16];
+  };
+  Layout before;
+
+ public:
+  TileConfiguration() {
+    _tile_storeconfig(&before);
+    Layout wanted{};
+    wanted.palette = 1;
+    for (int tile = 0; tile < 8; ++tile) {
+      wanted.bytes[tile] = 64;
+      wanted.rows[tile] = 16;
+    }
+    _tile_loadconfig(&wanted);
+  }
+  ~TileConfiguration() { _tile_loadconfig(&before); }
+  TileConfiguration(const TileConfiguration&) = delete;
+#else
+ public:
+  TileConfiguration() {}  // not trivial, so that a variable of it is no unused one
+#endif
+};
 
 // How values stored as T are multiplied.
 template <class T>
@@ -181,11 +223,81 @@ void multiply_panel(std::int64_t m, std::int64_t n, std::int64_t k, Left<Word> a
   }
 }
 
+#ifdef __AMX_BF16__
+// Up to 32 x 32 values of C in four tiles. tile_rows and tile_columns are 1 or 2; the intrinsics take literals alone.
+template <int row_tiles, int column_tiles>
+inline void multiply_tiles(const Left<std::int32_t> a, const std::int32_t* b, std::int64_t b_stride, std::int64_t k,
+                           float* c, std::int64_t c_stride, bool accumulate) {
+  constexpr bool down = row_tiles == 2, right = column_tiles == 2;
+  const std::int64_t a_bytes = 4 * a.row_stride, b_bytes = 4 * b_stride, c_bytes = 4 * c_stride;
+  float* const below = c + 16 * c_stride;
+  if (accumulate) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (right) _tile_loadd(1, c + 16, c_bytes);
+    if constexpr (down) _tile_loadd(2, below, c_bytes);
+    if constexpr (down && right) _tile_loadd(3, below + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (right) _tile_zero(1);
+    if constexpr (down) _tile_zero(2);
+    if constexpr (down && right) _tile_zero(3);
+  }
+  const std::int32_t* left = a.data;
+  const std::int32_t* left_below = left + 16 * a.row_stride;
+  for (std::int64_t i = 0; i < k; i += 16, left += 16, left_below += 16, b += 16 * b_stride) {
+    _tile_loadd(4, left, a_bytes);
+    _tile_loadd(6, b, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (right) {
+      _tile_loadd(7, b + 16, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (down) {
+      _tile_loadd(5, left_below, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (down && right) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (right) _tile_stored(1, c + 16, c_bytes);
+  if constexpr (down) _tile_stored(2, below, c_bytes);
+  if constexpr (down && right) _tile_stored(3, below + 16, c_bytes);
+}
+
+template <int column_tiles>
+inline void multiply_tile_columns(std::int64_t m, std::int64_t k, Left<std::int32_t> a, const std::int32_t* b,
+                                  std::int64_t b_stride, float* c, std::int64_t c_stride, bool accumulate) {
+  for (; m > 16; m -= 32, a.data += 32 * a.row_stride, c += 32 * c_stride) {
+    multiply_tiles<2, column_tiles>(a, b, b_stride, k, c, c_stride, accumulate);
+  }
+  if (m > 0) multiply_tiles<1, column_tiles>(a, b, b_stride, k, c, c_stride, accumulate);
+}
+
+// As multiply() below, in whole tiles: A and C have room for 16 rows at a time, n is a multiple of 16 and k of 16 words,
+// and the words of a row of A lie next to each other (k_stride 1). Sums stay in float32 in the tiles.
+inline void multiply_on_tiles(std::int64_t m, std::int64_t n, std::int64_t k, Left<std::int32_t> a,
+                              Right<std::int32_t> b, float* c, std::int64_t c_stride, bool accumulate) {
+  asm volatile("" ::: "memory");  // GCC's tile intrinsics do not say that they read memory
+  for (std::int64_t column = 0; column < n; column += 32) {
+    const std::int32_t* right = b.data + column / panel * b.panel_stride + column % panel;
+    if (n - column > 16) {
+      multiply_tile_columns<2>(m, k, a, right, b.k_stride, c + column, c_stride, accumulate);
+    } else {
+      multiply_tile_columns<1>(m, k, a, right, b.k_stride, c + column, c_stride, accumulate);
+    }
+  }
+  asm volatile("" ::: "memory");
+}
+#endif
+
 // C (m, n) (+)= A (m, k words) B (k words, n); n a multiple of lanes. Sums of sum_words words are added up, which
 // costs a little traffic for C and keeps the rounding error near that of libraries that sum in several chains.
 template <class Form>
 void multiply(std::int64_t m, std::int64_t n, std::int64_t k, Left<typename Form::Word> a,
               Right<typename Form::Word> b, float* c, std::int64_t c_stride, bool accumulate) {
+#ifdef __AMX_BF16__
+  if constexpr (Form::tiles) return multiply_on_tiles(m, n, k, a, b, c, c_stride, accumulate);
+#endif
   for (std::int64_t column = 0; column < n; column += panel) {
     Left<typename Form::Word> left = a;
     const typename Form::Word* right = b.data + column / panel * b.panel_stride;
@@ -237,6 +349,22 @@ void transpose_words(const typename Form::Word* from, std::int64_t rows, std::in
     }
     for (; word < words; ++word) {
       for (int r = 0; r < lanes; ++r) columns[word * panel + r] = from[r * words + word];
+    }
+  }
+}
+
+// (rows, columns) -> its transpose; both are multiples of lanes, or memory goes on up to one.
+template <class Vector, class T>
+void transpose(const T* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns, T* to,
+               std::int64_t to_stride) {
+  for (std::int64_t row = 0; row < rows; row += lanes) {
+    for (std::int64_t column = 0; column < columns; column += lanes) {
+      Vector block[lanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r) block[r] = load_vector<Vector>(from + (row + r) * from_stride + column);
+      transpose_block<lanes / 2>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r) store_vector(block[r], to + (column + r) * to_stride + row);
     }
   }
 }
