@@ -64,10 +64,11 @@ def locked(run_dir: Path) -> Iterator[None]:
         UserError: another process is there, or something that is no run, or the disk refuses.
     """
     lock, stored = run_dir / ".lock", run_dir / "config.json"
-    begun = {lock.name, atomic.partial_path(stored).name}  # all that a process killed before its config.json leaves
     with refusals_named(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not stored.exists() and {path.name for path in run_dir.iterdir()} - begun:
+        # A process killed before its config.json leaves a lock and a part of that file, and no more.
+        others = (path for path in run_dir.iterdir() if path.name != lock.name and not atomic.is_partial(path))
+        if not stored.exists() and any(others):
             raise UserError(f"{run_dir}: not empty and no run — choose another --run-dir")
         file = lock.open("w")
     with file:
@@ -112,6 +113,7 @@ def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | No
         if (run / "manifest.json").exists() and read_manifest(run)["files"] != read_manifest(prepared)["files"]:
             raise UserError(f"{run}: the text in {prepared} is not the one the run began with — start a new run")
     with refusals_named(run_dir):
+        atomic.sweep(run_dir)
         atomic.write_text(stored, json.dumps(to_json(config), indent=1))
         checkpoint.sweep(run_dir)
         for name in COPIED:

@@ -237,7 +237,7 @@ def test_a_run_in_the_current_folder_after_a_kill_before_its_config(tmp_path, mo
     run, text = tmp_path / "run", tmp_path / "text"
     for folder in (run, text):
         folder.mkdir()
-    for name in (".lock", ".config.json.partial"):
+    for name in (".lock", ".config.json.17-0123abcd.partial"):
         (run / name).touch()
     for name in runfolder.COPIED:
         (text / name).touch()
