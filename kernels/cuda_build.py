@@ -35,12 +35,23 @@ def _asked(architecture: str) -> tuple[int, str]:
 def predicted(architecture: str, built: list[str]) -> tuple[int, str]:
     """The same by CUDA's rule: machine code of the same major version and no higher minor one, else PTX of no higher
     version (CUDA C++ programming guide, "Binary Compatibility" and "PTX Compatibility")."""
-    card = _number(architecture)
-    names = [name for name in built if not name.endswith("a") or _number(name) == card]  # sm_90a is for sm_90 alone
-    machine_code = [_number(name) for name in names if name.startswith("sm_")]
-    fits = [number for number in machine_code if number // 10 == card // 10 and number <= card]
-    fits = fits or [_number(name) for name in names if name.startswith("compute_") and _number(name) <= card]
+    fits = machine_code(architecture, built) or [
+        _number(name) for name in _possible(architecture, built)
+        if name.startswith("compute_") and _number(name) <= _number(architecture)
+    ]  # fmt: skip
     return (10 * max(fits), "") if fits else (0, _no_code(architecture, built))
+
+
+def machine_code(architecture: str, built: list[str]) -> list[int]:
+    """What a card runs as it is, 86 for sm_86; where there is none, the driver first compiles PTX, at its first use."""
+    card = _number(architecture)
+    found = [_number(name) for name in _possible(architecture, built) if name.startswith("sm_")]
+    return [number for number in found if number // 10 == card // 10 and number <= card]
+
+
+def _possible(architecture: str, built: list[str]) -> list[str]:
+    """Without what is for one card alone, and not for this: sm_90a is for sm_90."""
+    return [name for name in built if not name.endswith("a") or _number(name) == _number(architecture)]
 
 
 def _number(name: str) -> int:

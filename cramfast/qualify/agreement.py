@@ -23,6 +23,7 @@ from cramfast.model.electra import Discriminator
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW, LossScale
 from cramfast.optim.make import make_optimizer
+from cramfast.qualify.judge import whole_float32
 from cramfast.qualify.regime import ragged
 from cramfast.qualify.verdict import Verdict, settle
 from cramfast.text.specials import FIRST_WORD, MASK
@@ -32,7 +33,16 @@ FARTHER = 2.0  # than the floor; as for a single operator
 HALVINGS = 24  # of the loss scale, until the floor's own gradient is finite
 UNSEEN = ("adamw",)
 
-Tell = Callable[[str], None]
+# Stages of which no operator is to be blamed: drawing weights, compiling and planning the microbatches, passes of stock
+# PyTorch. The first of each compiles and allocates.
+PARTS = MODEL, TEXT, FLOOR, WIDE = "model", "text", "pass of the floor", "pass in float32"
+RUN = "a whole microbatch"  # the stage of one operator
+
+Tell = Callable[[str, str], None]  # with an operator's name or "", and a stage
+
+
+def untold(name: str, stage: str) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +67,27 @@ class Comparison:
     Args:
         model, optimizer: with an empty flat gradient, which is empty again afterwards; no weight is changed.
         verdicts: what is settled in this process, and is again after every pass.
+        tell: called before each pass.
     """
 
-    def __init__(self, model: nn.Module, optimizer: AdamW, batch: Batch, scale: float, verdicts: list[Verdict]):
+    def __init__(
+        self, model: nn.Module, optimizer: AdamW, batch: Batch, scale: float, verdicts: list[Verdict],
+        tell: Tell = untold,
+    ):  # fmt: skip
         self.model, self.optimizer, self.batch, self.verdicts = model, optimizer, batch, verdicts
+        self.tell = tell
         flat = optimizer.flat
         self.dtype = torch.float32 if flat.half is None else flat.half.dtype
         self.device = flat.master.device
         for _ in range(HALVINGS):
+            tell("", FLOOR)
             self.scale = scale
             self.floor = self.run([])
             if self.floor.finite:
                 break
             scale /= 2  # as training does with it
-        with in_float32(model, optimizer), dispatch.using("all", "auto", device=self.device.type):
+        tell("", WIDE)
+        with in_float32(model, optimizer), whole_float32(), dispatch.using("all", "auto", device=self.device.type):
             self.true = self.run([])
 
     def run(self, taken: list[Verdict]) -> Pass:
@@ -106,24 +123,23 @@ class Comparison:
                 return f"gradient of {name} off by {off:.2g} of its length, allowed {allowed:.2g}"
         return ""
 
-    def departed(self, one_by_one: bool = False, tell: Tell = lambda name: None) -> dict[str, str]:
+    def departed(self, one_by_one: bool = False) -> dict[str, str]:
         """Operator -> in what it departs, of those that have to go back to the floor; nothing where all agree.
 
         Args:
             one_by_one: add one operator after the other even if all together agree, or were never tried.
-            tell: called with the operator's name before each pass, "" for all of them.
         """
         chosen = [v for v in self.verdicts if v.replaces_floor and v.op not in UNSEEN]
         if not chosen:
             return {}
         if not one_by_one:
-            tell("")
+            self.tell("", RUN)
             if not (whole := self.departure(self.run(chosen))):
                 return {}
         kept: list[Verdict] = []
         found: dict[str, str] = {}
         for verdict in chosen:
-            tell(verdict.name)
+            self.tell(verdict.name, RUN)
             if departure := self.departure(self.run([*kept, verdict])):
                 found[verdict.name] = departure
             else:
@@ -157,19 +173,22 @@ def in_float32(model: nn.Module, optimizer: AdamW) -> Iterator[None]:
 
 
 def of_new_model(
-    config: TrainConfig, prepared: Path | None, verdicts: list[Verdict], one_by_one: bool, tell: Tell
+    config: TrainConfig, prepared: Path | None, verdicts: list[Verdict], one_by_one: bool, tell: Tell = untold
 ) -> dict[str, str]:
     """Comparison.departed() for the run's first weights and its first microbatch, or one of random words without text;
     in microbatches of half the size, a quarter, ... where float32 finds no room."""
+    tell("", MODEL)
     torch.manual_seed(config.seed)
-    model = (Discriminator if config.objective == "rtd" else Encoder)(config.model).to(config.device)
+    with torch.device(config.device):  # drawn there, which of a large model a CPU takes many seconds for
+        model = (Discriminator if config.objective == "rtd" else Encoder)(config.model)
     model.z_loss = config.z_loss
     optimizer = make_optimizer(config, model)
     scale = LossScale.START if config.dtype == "float16" else 1.0
     for size in sizes(config.microbatch_tokens, config.sequence_len):
+        tell("", TEXT)
         try:
             batch = first_batch(config, prepared, size)
-            return Comparison(model, optimizer, batch, scale, verdicts).departed(one_by_one, tell)
+            return Comparison(model, optimizer, batch, scale, verdicts, tell).departed(one_by_one)
         except torch.OutOfMemoryError:
             optimizer.flat.grad.zero_()
         torch.cuda.empty_cache()

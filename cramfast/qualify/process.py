@@ -1,5 +1,6 @@
 """The child of child.py as its parent sees it: started, asked, listened to with a limit, and ended for certain."""
 
+import contextlib
 import json
 import os
 import selectors
@@ -11,11 +12,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from cramfast.qualify import child
+from cramfast.qualify import agreement, child
 
 NAME = "cramfast.qualify.child"
 START_S = 60  # until a fresh process has imported torch and answered
-STAGE_S = 15  # for one stage, a compilation among it
+STAGE_S = 15  # for one stage of an implementation, a compilation among it
+# For stages that have reason to take longer. That of PTX is shorter than the whole trial, as a hang may be there too.
+LONG_S = dict.fromkeys((child.TRUTH, *agreement.PARTS), 60) | {child.LOAD: 30}
+KILL_S = 5  # until a killed process is gone; one that waits for a lost device never is
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL")
 
 # Modules that register implementations of their own; the child imports them too.
@@ -42,7 +46,7 @@ class Child:
     Args:
         device: number of the GPU.
         end: time.monotonic() at which the parent's patience ends.
-        stage_s, start_s: seconds that one stage, and the first, may take.
+        stage_s, start_s: seconds that a stage which is not in LONG_S, and the first answer, may take.
     """
 
     def __init__(self, device: int, end: float, stage_s: float = STAGE_S, start_s: float = START_S):
@@ -58,7 +62,7 @@ class Child:
         )  # fmt: skip
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.process.stdout, selectors.EVENT_READ)
-        self.pending, self.answered = b"", False
+        self.pending, self.answered, self.killed = b"", False, False
 
     def __enter__(self) -> "Child":
         return self
@@ -70,10 +74,13 @@ class Child:
         self.errors.close()
 
     def kill(self) -> None:
-        """End the child and what it has started: the group that it alone leads, and that stays its own until wait()."""
-        if self.process.returncode is None:
+        """End the child and what it has started: the group that it alone leads, and that stays its own until it is
+        waited for. One that does not go within KILL_S is left to itself."""
+        if self.process.returncode is None and not self.killed:
+            self.killed = True
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(KILL_S)
         try:
             self.process.stdin.close()
         except BrokenPipeError:
@@ -101,7 +108,8 @@ class Child:
 
     def message(self, stage: tuple[str, ...]) -> dict[str, Any]:
         """The next one."""
-        patience = self.stage_s if self.answered else self.start_s
+        patience = LONG_S.get(stage[2], self.stage_s) if stage else self.stage_s
+        patience = patience if self.answered else self.start_s
         until = min(time.monotonic() + patience, self.end)
         while b"\n" not in self.pending:
             if not self.selector.select(max(0.0, until - time.monotonic())):
@@ -118,8 +126,14 @@ class Child:
 
     def ended(self, stage: tuple[str, ...]) -> Ended:
         """How it ended by itself."""
-        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        self.kill()  # whatever it has started
+        until = time.monotonic() + KILL_S
+        # Not waited for yet: until then nobody else gets its number, by which what it has started is ended too.
+        while not os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+            if time.monotonic() > until:
+                self.kill()
+                return Ended(stage, "closed its output and did not end")
+            time.sleep(0.01)
+        self.kill()
         status = self.process.returncode
         if status < 0:
             name = signal.Signals(-status).name

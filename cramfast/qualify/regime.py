@@ -12,6 +12,9 @@ from cramfast.kernels.cases import Inputs, ragged_lengths, rotary_table
 
 TOKENS = 16384
 MASKED = 19661  # 0.3 of 65,536: where p - y over M, unscaled, is below what float16 holds
+# Of them in float32, whose truth takes float64: 2.97 TFLOP with all of `base`, up to 15 s where a card multiplies
+# float64 at a 64th of its rate. Nothing underflows in float32, which is what so many rows are for.
+MASKED_FLOAT32 = 4096
 MOST_PARAMETERS = 8 << 20  # enough to be timed beside the bandwidth, and float64 of it fits anywhere
 LOSS_SCALE = 65536.0
 GRADIENT = 0.1  # size of an activation's gradient, beside that of one logit
@@ -27,6 +30,8 @@ class Regime:
         longest: tokens of the longest sequence; `short`: of an earlier phase with shorter ones, or 0.
         window: largest distance attended in local layers.
         tokens, masked, parameters: rows of activations, rows of the loss, entries of AdamW's buffers.
+        graph: whether the run may replay a CUDA graph, so that a capture must succeed.
+        half_accumulation: whether matmuls of the forward pass and of input gradients add up in half precision.
     """
 
     device: str
@@ -48,6 +53,8 @@ class Regime:
     max_norm: float
     parameters: int
     loss_scale: float
+    graph: bool
+    half_accumulation: bool
     tokens: int = TOKENS
     masked: int = MASKED
 
@@ -56,13 +63,16 @@ def regime_of(config: TrainConfig, tokens: int = TOKENS, masked: int = MASKED) -
     """The regime of a run."""
     model = config.model
     layer = model.width * (4 * model.width + 3 * model.feedforward)
+    masked = min(masked, MASKED_FLOAT32) if config.dtype == "float32" else masked
     return Regime(
         config.device, config.dtype, model.width, model.heads, model.feedforward, model.vocab_size,
         longest=config.sequence_len, short=config.short_sequence_len, window=model.window // 2,
         rotary=model.positions == "rotary", bias=model.norm_bias, activation=model.activation, z_loss=config.z_loss,
         beta1=config.beta1, beta2=config.beta2, adam_eps=config.adam_eps, max_norm=config.max_norm,
         parameters=min(model.vocab_size * model.width + model.layers * layer, MOST_PARAMETERS),
-        loss_scale=LOSS_SCALE if config.dtype == "float16" else 1.0, tokens=tokens, masked=masked,
+        loss_scale=LOSS_SCALE if config.dtype == "float16" else 1.0,
+        graph=config.graph != "off" and config.nvtx != "layers", half_accumulation=config.half_accumulation,
+        tokens=tokens, masked=masked,
     )  # fmt: skip
 
 

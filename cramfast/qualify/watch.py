@@ -56,7 +56,7 @@ class Watch:
             return
         verdicts = [v for v in self.verdicts if v.name in found] or [v for v in self.verdicts if v.replaces_floor]
         said = [f"{v.name} {v.implementation} departs from {v.floor}: {found.get(v.name, '?')}" for v in verdicts]
-        flags = as_flags(verdicts, self.config.kernels)
+        flags = as_flags(verdicts, self.verdicts, self.config.kernels)
         then = f"{previous} is kept — go on with --resume {self.run_dir} {flags}"
         if not previous:
             then = f"no checkpoint was written yet — start anew with {flags}"

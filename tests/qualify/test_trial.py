@@ -34,7 +34,7 @@ def tried(tmp_path_factory):
         tasks = [task for task in candidates.tasks(CONFIG) if task.op in ("attention", "glu")]
         began = time.monotonic()
         before = children()
-        with Trial(CONFIG, tasks, regime, 300, lambda *stage: shown.append(stage), STAGE_S, repeats=30) as trial:
+        with Trial(CONFIG, tasks, regime, 300, lambda *stage: shown.append(stage), (), STAGE_S, 30) as trial:
             verdicts = trial.operators()
         assert children() == before, "a child is left"
         yield trial, verdicts, shown, time.monotonic() - began
