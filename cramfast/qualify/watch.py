@@ -10,6 +10,7 @@ from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
 from cramfast.optim.adamw import AdamW
 from cramfast.qualify.agreement import Comparison, sizes
+from cramfast.qualify.resolve import remember
 from cramfast.qualify.verdict import as_flags, in_force
 from cramfast.runtime.distributed import ALONE, Team
 from cramfast.session.budget import Progress
@@ -44,6 +45,8 @@ class Watch:
     def look(self, progress: Progress, previous: Path | None) -> None:
         """Compare if it is time; between two updates, by all processes together. It costs the run's budget nothing.
 
+        What departs is remembered as failed (resolve.remember).
+
         Raises:
             UserError: an operator departs; the last checkpoint stays.
         """
@@ -57,6 +60,9 @@ class Watch:
         verdicts = [v for v in self.verdicts if v.name in found] or [v for v in self.verdicts if v.replaces_floor]
         said = [f"{v.name} {v.implementation} departs from {v.floor}: {found.get(v.name, '?')}" for v in verdicts]
         flags = as_flags(verdicts, self.verdicts, self.config.kernels)
+        own = [v for v in verdicts if v.name in found]
+        why = [f"departed from {v.floor} at step {progress.step}: {found[v.name]}" for v in own]
+        remember(self.config, self.run_dir, list(zip(own, why, strict=True)))
         then = f"{previous} is kept — go on with --resume {self.run_dir} {flags}"
         if not previous:
             then = f"no checkpoint was written yet — start anew with {flags}"

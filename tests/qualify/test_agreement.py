@@ -130,6 +130,8 @@ def test_a_departure_stops_at_the_last_checkpoint_with_the_line_to_go_on(monkeyp
         plain(self, progress, previous)
 
     monkeypatch.setattr(watch.Watch, "look", look)
+    remembered = []
+    monkeypatch.setattr(watch, "remember", lambda config, run_dir, departed: remembered.append((run_dir, departed)))
     with pytest.raises(UserError) as error:
         training(
             monkeypatch, tmp_path / "run", [ATTENTION, GLU], checkpoint_interval=1e-9, kernels=("adamw=reference",)
@@ -137,6 +139,8 @@ def test_a_departure_stops_at_the_last_checkpoint_with_the_line_to_go_on(monkeyp
     folder = tmp_path / "run"
     assert checkpoint.newest(folder).name == "step-00000003"
     assert str(error.value).startswith("step 4: layernorm_glu off departs from reference: ")
+    ((where, ((verdict, why),)),) = remembered
+    assert (where, verdict) == (folder, GLU) and why.startswith("departed from reference at step 4: ")
     flags = "--kernels adamw=reference layernorm_glu=reference"
     assert str(error.value).endswith(f"step-00000003 is kept — go on with --resume {folder} {flags}")
     with pytest.raises(UserError, match=r"no checkpoint was written yet — start anew with --kernels layernorm_glu=ref"):

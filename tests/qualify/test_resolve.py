@@ -14,10 +14,11 @@ from fake_loader import small_config
 from cramfast import doctor
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch
-from cramfast.qualify import cache, candidates, resolve
+from cramfast.qualify import cache, candidates, regime, resolve
 from cramfast.qualify.regime import regime_of
 from cramfast.qualify.trial import Trial
-from cramfast.qualify.verdict import Verdict, in_force, settle
+from cramfast.qualify.verdict import Verdict, as_flags, in_force, settle
+from cramfast.runtime.distributed import ALONE
 from cramfast.session import kernelchoice
 
 HERE = Path(__file__).resolve().parent
@@ -25,12 +26,16 @@ CARD = {"card": "RTX 2080 Ti", "capability": "sm_75", "driver": "550.1"}
 
 
 class FakeTrial:
-    """Finds what `chosen` says right and fast, and says in `tried` what it was asked; the child is another test's."""
+    """Finds what `chosen` says right and fast, and says in `tried` what it was asked; the child is another test's.
 
-    chosen, tried, compared = "right", [], []
+    Where `open`, something was not tried; `whole` is what a whole microbatch shows: nothing, a failure, or None where
+    none was compared.
+    """
 
-    def __init__(self, config, tasks, regime, seconds, show):
-        self.tasks = tasks
+    chosen, open, whole, tried, compared = "right", False, "", [], []
+
+    def __init__(self, config, tasks, regime, seconds, show, known=()):
+        self.tasks, self.known = tasks, known
 
     def __enter__(self):
         return self
@@ -39,6 +44,8 @@ class FakeTrial:
         pass
 
     def operators(self):
+        if self.known and not any(verdict.open for verdict in self.known):
+            return list(self.known)
         self.tried.append([task.op for task in self.tasks])
         return [self.verdict(task) for task in self.tasks]
 
@@ -47,11 +54,13 @@ class FakeTrial:
             return Verdict(
                 task.op, task.windowed, task.floor, task.floor, "right failed dqkv", {"right": "failed dqkv"}
             )
-        return Verdict(task.op, task.windowed, task.floor, self.chosen, "qualified", {self.chosen: ""})
+        return Verdict(task.op, task.windowed, task.floor, self.chosen, "qualified", {self.chosen: ""}, open=self.open)
 
     def microbatch(self, verdicts, prepared):
         self.compared.append(prepared)
-        return verdicts, True
+        if self.whole is None:
+            return [verdict.on_floor("not compared") for verdict in verdicts], False
+        return [verdict.failed(self.whole) if self.whole else verdict for verdict in verdicts], True
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +70,8 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(resolve, "Trial", FakeTrial)
     monkeypatch.setattr(cache, "card", lambda device: dict(CARD))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    FakeTrial.chosen, FakeTrial.tried[:], FakeTrial.compared[:] = "right", [], []
+    FakeTrial.chosen, FakeTrial.open, FakeTrial.whole = "right", False, ""
+    FakeTrial.tried[:], FakeTrial.compared[:] = [], []
     yield
     dispatch.override("all", "auto")
     settle([], "cpu", torch.float32)
@@ -86,19 +96,101 @@ def test_a_first_run_pays_and_later_ones_do_not(tmp_path, capsys):
     "change",
     [
         {"card": "RTX 3090"}, {"capability": "sm_86"}, {"driver": "551"}, {"torch": "3"}, {"triton": "9"},
-        {"kernels": "0" * 12}, {"dtype": "bfloat16"}, {"z_loss": 1e-4}, {"sequence_len": 32},
+        {"kernels": "0" * 12}, {"module": "0" * 12}, {"flash_attn": "3"}, {"apex": "2"}, {"dtype": "bfloat16"},
+        {"z_loss": 1e-4}, {"sequence_len": 32}, {"graph": "off"}, {"dtype": "float16", "half_accumulation": True},
     ],
     ids=str,
 )  # fmt: skip
 def test_another_card_software_or_regime_is_tried_anew(monkeypatch, tmp_path, change):
-    resolved(tmp_path / "first")
-    (key,) = change
+    first = {"dtype": "float16"} if "half_accumulation" in change else {}
+    resolved(tmp_path / "first", small_config(**first))
+    key = next(iter(change))
     for name in ("card", "software"):
         before = getattr(cache, name)
         if key in (before("cpu") if name == "card" else before()):
             monkeypatch.setattr(cache, name, lambda *device, before=before: before(*device) | change)
     resolved(tmp_path / "second", small_config(**change) if hasattr(small_config(), key) else None)
     assert len(FakeTrial.tried) == 2
+
+
+def test_what_was_not_tried_is_tried_by_the_next_run(tmp_path, capsys):
+    FakeTrial.open = True
+    assert resolved(tmp_path / "first").implementation == "right"
+    said = capsys.readouterr().out
+    (file,) = (tmp_path / "cache" / "cramfast" / "qualified").glob("*.json")
+    assert f"what is known is in {file}, and the next new run goes on from there" in said
+    assert f"python -m cramfast.doctor --qualify --run-dir {tmp_path / 'first'} may take longer" in said
+    FakeTrial.open = False
+    resolved(tmp_path / "second")
+    assert len(FakeTrial.tried) == 2 and "what is left is tried" in capsys.readouterr().out
+    resolved(tmp_path / "third")
+    assert len(FakeTrial.tried) == 2 and not capsys.readouterr().out
+
+
+def test_a_microbatch_that_was_not_compared_is_compared_by_the_next_run(tmp_path, capsys):
+    FakeTrial.whole = None
+    assert resolved(tmp_path / "first").implementation == "reference"
+    assert "not all could be tried" in capsys.readouterr().out
+    FakeTrial.whole = ""
+    assert resolved(tmp_path / "second").implementation == "right"
+    resolved(tmp_path / "third")
+    assert len(FakeTrial.tried) == 1 and len(FakeTrial.compared) == 2
+
+
+def test_what_failed_a_whole_microbatch_is_not_compared_again(tmp_path):
+    FakeTrial.whole = "failed a whole microbatch: loss"
+    for name in ("first", "second"):
+        choice = resolved(tmp_path / name)
+        assert (choice.implementation, choice.reason) == ("reference", "right failed a whole microbatch: loss")
+    assert len(FakeTrial.compared) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"microbatch_tokens": 512}, {"layers": 3}, {"objective": "rtd"}, {"kernels": ("glu=cpp",)}], ids=str
+)
+def test_another_microbatch_is_compared_anew(monkeypatch, tmp_path, change):
+    monkeypatch.setattr(regime, "MOST_PARAMETERS", 64)  # of a large model, another layer changes nothing there
+    resolved(tmp_path / "first")
+    model = replace(small_config().model, layers=change.get("layers", 2))
+    other = {key: value for key, value in change.items() if key != "layers"}
+    for name in ("second", "third"):
+        resolved(tmp_path / name, small_config(model=model, **other))
+    assert len(FakeTrial.tried) == 1 and len(FakeTrial.compared) == 2
+
+
+def test_what_departed_in_a_run_is_taken_neither_there_nor_by_the_next(tmp_path):
+    resolved(tmp_path / "run")
+    departed = [(verdict, "departed at step 100: loss") for verdict in in_force() if verdict.op == "attention"]
+    resolve.remember(small_config(), tmp_path / "run", departed)
+    for name in ("run", "new"):
+        choice = resolved(tmp_path / name)
+        assert (choice.implementation, choice.reason) == ("reference", "right departed at step 100: loss")
+    assert len(FakeTrial.tried) == 1
+    verdict = replace(departed[0][0], implementation="slow")
+    assert resolve.marked(verdict, departed[0][0], "departed").problems["right"] == "departed"
+
+
+def differing(outcome, **place):
+    return replace(outcome, place=outcome.place | place)
+
+
+def test_another_build_of_the_same_sources_and_stock_pytorch_anywhere_are_no_difference(tmp_path):
+    outcome = resolve.of_run(small_config(), tmp_path, tmp_path, None)
+    resolve.check(differing(outcome, module="0"), small_config(), ALONE)
+    with pytest.raises(UserError, match="use equal cards and software"):
+        resolve.check(differing(outcome, torch="3"), small_config(), ALONE)
+    stock = replace(outcome, verdicts=tuple(verdict.on_floor("") for verdict in outcome.verdicts))
+    resolve.check(differing(stock, torch="3"), small_config(), ALONE)
+
+
+def test_the_advised_pair_is_one_that_both_forms_of_attention_can_take():
+    whole, local = (Verdict("attention", w, f, "cpp", "") for w, f in ((False, "torch_efficient"), (True, "padded")))
+    glu = Verdict("glu", False, "stock", "cpp", "")
+    assert as_flags([whole, glu], [whole, local, glu], ("adamw=cpp",)) == (
+        "--kernels adamw=cpp attention=padded glu=stock"
+    )
+    assert as_flags([whole, local], [whole, local]) == "--kernels attention=padded"
+    assert as_flags([whole], [whole, glu]) == "--kernels attention=torch_efficient"
 
 
 def test_a_damaged_cache_is_told_of_and_made_anew(tmp_path, capsys):
