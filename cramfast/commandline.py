@@ -57,6 +57,8 @@ class Arguments:
     """With --resume: the learning rate rises and falls once more over what is left of the budget."""
     replay: Path | None = None
     """Run folder whose recorded budget is followed step by step, so that its weights come out again."""
+    qualify_seconds: float = 60.0
+    """On a GPU: what the trial of the kernels may take before the first run on a card."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Request:
     curation_flags: tuple[str, ...]
     budget_before: str = ""
     schedule_from_here: bool = False
+    qualify_seconds: float = 60.0
 
 
 def parse(args: list[str] | None = None) -> Request:
@@ -118,8 +121,10 @@ def parse(args: list[str] | None = None) -> Request:
     refuse_idle(config, flags)
     curation_flags = tuple(name.removeprefix("curation.") for name in flags if name.startswith("curation."))
     before = default.budget if resumed else ""
-    again = arguments.schedule_from_here
-    return Request(config, run_dir, resumed is not None, arguments.replay, curation_flags, before, again)
+    return Request(
+        config, run_dir, resumed is not None, arguments.replay, curation_flags, before, arguments.schedule_from_here,
+        arguments.qualify_seconds,
+    )  # fmt: skip
 
 
 def refuse_idle(config: TrainConfig, flags: list[str]) -> None:

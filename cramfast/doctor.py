@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 import cramfast.kernels
+from cramfast.config import read_config
 from cramfast.errors import UserError, command
 from cramfast.kernels import cuda_build, dispatch, extension, reference
 from cramfast.kernels.cases import CASES, Case, Inputs
@@ -304,29 +305,43 @@ class Arguments:
     """OPERATOR=IMPLEMENTATION to show and check instead of the one chosen, as attention=flash_attn."""
     qualify: bool = False
     """Try every implementation on this GPU first, anew and in a process of its own, and keep the verdicts for runs."""
+    run_dir: Path | None = None
+    """Run whose config, vocabulary and text --qualify takes, to try what it could not in its own time. New runs like it
+    take the outcome; the run itself keeps what it began with."""
     preset: str | None = None
     """Size whose widths, heads, vocabulary and lengths --qualify takes: tiny, mini, small or base."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Storage of matrices and activations that --qualify takes; auto: what a run would choose."""
     seconds: float = 300.0
-    """What --qualify may take; a run's own trial stops after 60."""
+    """What --qualify may take; a run's own trial stops after 60, or its --qualify-seconds."""
 
 
 def qualify(arguments: Arguments, device: str) -> None:
     """Try the implementations, settle the verdicts in this process and print a line for each operator.
 
     Raises:
-        UserError: there is no GPU, or no such preset.
+        UserError: there is no GPU, no such preset or run, or a run and a preset.
     """
-    config = starting_config(arguments.preset, None, device)
-    config = resolve_config(replace(config, device=device, dtype=arguments.dtype, kernels=arguments.kernels))
+    prepared = None
+    if arguments.run_dir:
+        if (arguments.preset, arguments.dtype, arguments.kernels) != (None, "auto", ()):
+            raise UserError("--run-dir with --preset, --dtype or --kernels: its config says that — leave them out")
+        config = replace(read_config(arguments.run_dir / "config.json"), device=device)
+        kernelchoice.override(config.kernels, device)
+    else:
+        config = starting_config(arguments.preset, None, device)
+        config = resolve_config(replace(config, device=device, dtype=arguments.dtype, kernels=arguments.kernels))
     if not resolve.needed(config):
         raise UserError(
             "--qualify: a CPU runs our C++ kernels untried — leave it out, or run it where torch sees a GPU"
         )
-    outcome = resolve.of_card(config, None, arguments.seconds, anew=True)
+    if arguments.run_dir:
+        from cramfast import stages  # all that trains, which a look at the machine does without
+
+        prepared, config = stages.prepare_text(config)  # found again, or made again, as when the run is resumed
+    outcome = resolve.of_card(config, prepared, arguments.seconds, anew=True, run_dir=arguments.run_dir)
     settle(list(outcome.verdicts), device, getattr(torch, config.dtype))
-    print(f"qualified for preset {config.preset} in {config.dtype}:")
+    print(f"qualified for {arguments.run_dir or f'preset {config.preset}'} in {config.dtype}:")
     for line in resolve.lines(outcome):
         print(f"  {line}")
 

@@ -48,7 +48,7 @@ def qualify_kernels(request: Request, config: TrainConfig, prepared: Path, team:
     Raises:
         UserError: the processes' cards differ, or the run's record is damaged.
     """
-    resolve.resolve(config, request.run_dir, prepared, request.replay, team)
+    resolve.resolve(config, request.run_dir, prepared, request.replay, team, request.qualify_seconds)
     if resolve.needed(config):
         print_kernels(config, request.run_dir if request.resuming else request.replay)
 

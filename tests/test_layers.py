@@ -21,9 +21,9 @@ FLOORS = (
     ("cost", "hf", "qualify"),
     ("recipes",),
     ("commandline",),
-    ("prepare", "export", "report", "plan", "doctor"),
+    ("prepare", "export", "report", "plan"),
     ("stages", "evaluate"),
-    ("train",),
+    ("train", "doctor"),
     ("scaling",),
     ("__main__",),
 )

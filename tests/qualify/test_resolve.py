@@ -1,5 +1,6 @@
 """Where a run's kernels come from: a trial once, the cache, the run's own record; and what leaves it out."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 import torch
 from fake_loader import small_config
 
-from cramfast import doctor
+from cramfast import commandline, doctor, stages
+from cramfast.config import to_json
 from cramfast.errors import UserError
 from cramfast.kernels import dispatch
 from cramfast.qualify import cache, candidates, regime, resolve
@@ -312,6 +314,36 @@ def test_the_doctor_tries_anew_and_keeps_what_it_finds(monkeypatch, tmp_path, ca
     said = capsys.readouterr().out
     assert len(FakeTrial.tried) == 2 and "in 200 s at most" in said
     assert "qualified for preset tiny in float32:" in said and "  attention right: qualified\n" in said
+    with pytest.raises(UserError, match="--run-dir with --preset, --dtype or --kernels"):
+        doctor.qualify(replace(arguments, run_dir=tmp_path), "cpu")
     monkeypatch.undo()
     with pytest.raises(UserError, match="--qualify: a CPU runs our C"):
         doctor.qualify(arguments, "cpu")
+
+
+def test_the_doctor_tries_what_a_run_could_not_and_new_runs_take_it(monkeypatch, tmp_path, capsys):
+    """As the run is: its z-loss, the vocabulary that its text yields, its text."""
+    config, text = small_config(z_loss=1e-4, kernels=("glu=cpp",)), tmp_path / "text"
+    fitted = replace(config, model=replace(config.model, vocab_size=128))
+    monkeypatch.setattr(stages, "prepare_text", lambda config: (text, fitted))
+    FakeTrial.open = True
+    run = tmp_path / "run"
+    kernelchoice.override(config.kernels, "cpu")
+    resolved(run, fitted)
+    dispatch.override("all", "auto")
+    (run / "config.json").write_text(json.dumps(to_json(config)))
+    FakeTrial.open = False
+    doctor.qualify(doctor.Arguments(run_dir=run, seconds=200), "cpu")
+    assert len(FakeTrial.tried) == 2 and FakeTrial.compared[-1] == text
+    assert f"qualified for {run} in float32:" in capsys.readouterr().out
+    resolved(tmp_path / "new", fitted)
+    assert len(FakeTrial.tried) == len(FakeTrial.compared) == 2, "the run's key is another"
+
+
+def test_a_run_may_ask_for_a_longer_trial(monkeypatch, tmp_path, capsys):
+    arguments = ["--qualify-seconds", "90", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
+    request = commandline.parse(arguments)
+    monkeypatch.setattr(stages, "print_kernels", lambda *arguments: None)
+    request.run_dir.mkdir()
+    stages.qualify_kernels(request, small_config(), tmp_path, ALONE)
+    assert "in 90 s at most" in capsys.readouterr().out
