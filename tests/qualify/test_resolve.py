@@ -193,6 +193,9 @@ def test_the_advised_pair_is_one_that_both_forms_of_attention_can_take():
     )
     assert as_flags([whole, local], [whole, local]) == "--kernels attention=padded"
     assert as_flags([whole], [whole, glu]) == "--kernels attention=torch_efficient"
+    for number in range(20):  # names in any order
+        one = replace(whole, floor=f"torch_{number}")
+        assert as_flags([one], [one, local]) == "--kernels attention=padded"
 
 
 def test_a_damaged_cache_is_told_of_and_made_anew(tmp_path, capsys):
