@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from cramfast.text import lines
+from cramfast.text.delimited import read_csv, read_tsv
 from cramfast.text.fasta import read_fasta
 from cramfast.text.files import Format, Listing, file_format, list_files
 from cramfast.text.hub import is_hub, read_dataset
 from cramfast.text.lines import pieces, read_lines, ready_pieces
-from cramfast.text.records import read_csv, read_jsonl, read_tsv
+from cramfast.text.records import read_jsonl
 from cramfast.text.tables import read_arrow, read_parquet
 from cramfast.text.tally import Tally
 from cramfast.text.wikiextractor import read_wikiextractor

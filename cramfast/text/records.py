@@ -1,17 +1,13 @@
-"""Rows with a text among other fields: JSON lines, comma- and tab-separated values."""
+"""Rows with a text among other fields: JSON lines, and what rows of every kind share."""
 
-import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cramfast.errors import UserError
 from cramfast.text.lines import pieces, whole_lines
 from cramfast.text.tally import Tally
 
-DELIMITERS = ",;\t|"  # of .csv, which spreadsheets of many countries write with semicolons
-LARGEST_CELL = 1 << 26  # characters; beyond that a quote was never closed
 RENAMED = "name it with --text-key, a field in a field as OUTER.INNER"
 
 
@@ -96,52 +92,3 @@ def _parse_json(line: str, where: str) -> dict:
         what = f"{where}: a JSON {type(row).__name__} where an object is expected"
         raise _NotARow(what, "each line must hold one")
     return row
-
-
-def read_csv(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterator[str]:
-    """The documents of comma-separated values with a header (RFC 4180); other delimiters by the header."""
-    csv.field_size_limit(LARGEST_CELL)
-    lines = (line for _, line in whole_lines(path, encoding, tally))
-    first = next(lines, "")
-    headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in DELIMITERS}
-    delimiter = next((d for d, names in headers.items() if text_key in names), DELIMITERS[0])
-    place = _column(headers[delimiter], text_key, path)
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
-    while True:
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            tally.skip(f"{path}:{rows.line_num + 1}: not a row ({error})", "mend its quotes")
-            continue
-        if row is None:
-            return
-        yield from _cell(row, place, headers[delimiter], text_key, f"{path}:{rows.line_num + 1}", tally)
-
-
-def read_tsv(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterator[str]:
-    """The documents of tab-separated values with a header: a line is a row, quotes are characters (IANA)."""
-    header: list[str] | None = None
-    for number, line in whole_lines(path, encoding, tally):
-        row = line.rstrip("\n").split("\t")
-        if header is None:
-            header, place = row, _column(row, text_key, path)
-        else:
-            yield from _cell(row, place, header, text_key, f"{path}:{number}", tally)
-
-
-def _column(header: list[str], text_key: str, path: Path) -> int:
-    if header.count(text_key) > 1:
-        raise UserError(f"{path}: {header.count(text_key)} columns are named {text_key!r} — rename all but one")
-    if text_key not in header:
-        raise UserError(f"{path}: no column {text_key!r} (there: {', '.join(header) or 'none'}) — {RENAMED}")
-    return header.index(text_key)
-
-
-def _cell(row: list[str], place: int, header: list[str], text_key: str, where: str, tally: Tally) -> Iterator[str]:
-    if not any(row):  # a blank line
-        return
-    if len(row) != len(header):
-        cells = f"{len(row)} cells where the header has {len(header)}"
-        tally.skip(f"{where}: {cells}", "quote cells that hold delimiters or line ends")
-        return
-    yield from texts_of(row[place], text_key, where, tally)

@@ -12,6 +12,7 @@ class Tally:
     """Attributes:
     most_malformed: rows that may be left out; the next one is an error.
     malformed: rows that were left out, the first of them at `first_malformed`.
+    swallowed: cells of many lines that look like rows, the first of them at `first_swallowed`.
     without_text: rows whose text is null.
     empty: files without any document.
     flat: text files of some length without a blank line, with `flat_characters` in all.
@@ -20,6 +21,8 @@ class Tally:
     most_malformed: int = 0
     malformed: int = 0
     first_malformed: str = ""
+    swallowed: int = 0
+    first_swallowed: str = ""
     without_text: int = 0
     empty: int = 0
     flat: int = 0
@@ -39,6 +42,11 @@ class Tally:
         self.malformed += 1
         self.first_malformed = self.first_malformed or what
 
+    def swallow(self, what: str) -> None:
+        """Count a cell that may hold rows of its own."""
+        self.swallowed += 1
+        self.first_swallowed = self.first_swallowed or what
+
     def text_file(self, characters: int, blank: bool) -> None:
         """Count a text file that was read in blocks between blank lines."""
         if not blank and characters >= FLAT_CHARACTERS:
@@ -52,6 +60,11 @@ class Tally:
             said.append(
                 f"{self.malformed:,} malformed rows left out, the first: {self.first_malformed} — mend them, or leave "
                 "it so"
+            )
+        if self.swallowed:
+            said.append(
+                f"{self.swallowed:,} cells may hold many rows each, the first: {self.first_swallowed} — see whether a "
+                "quote there is closed too late"
             )
         if self.without_text:
             said.append(f"{self.without_text:,} rows have no text (null) and are no documents")

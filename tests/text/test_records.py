@@ -172,9 +172,9 @@ def test_malformed_rows_are_skipped_up_to_a_stated_number(tmp_path, name, data, 
 
 
 def test_a_quote_that_is_never_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr("cramfast.text.records.LARGEST_CELL", 1000)
+    monkeypatch.setattr("cramfast.text.delimited.LARGEST_CELL", 1000)
     (tmp_path / "a.csv").write_text('id,text\n1,"' + "many words\n" * 1000)
-    with pytest.raises(UserError, match=r"a\.csv:\d+: not a row \(field larger than field limit \(1000\)\)"):
+    with pytest.raises(UserError, match=r"a\.csv:2: a quote that is never closed"):
         read(tmp_path)
 
 
