@@ -17,6 +17,8 @@ from cramfast.text.tally import Tally
 PARQUET_BUFFER = 1 << 20  # bytes
 ROWS_AT_ONCE = 256
 FEATHER_V1 = b"FEA1"
+ARROW_MAGIC = b"ARROW1"  # of files with a footer: at the beginning, padded to 8 bytes, and at the end
+FOOTER_LENGTH_AT = 10  # bytes from the end
 
 
 def read_parquet(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterator[str]:
@@ -38,24 +40,55 @@ def read_arrow(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterat
         if opened.read(len(FEATHER_V1)) == FEATHER_V1:
             raise UserError(f"{path}: Feather of version 1, which is no longer read — write it again, as version 2")
         try:
-            plain = path.suffix.lower() not in COMPRESSIONS
-            source = pyarrow.memory_map(str(path)) if plain and path.stat().st_size else opened
-            steps = _steps(_ipc(source).schema, text_key, path)
-            column = _ipc(source).schema.get_field_index(steps[0])
-            batches = _batches(_ipc(source, pyarrow.ipc.IpcReadOptions(included_fields=[column])))
-            yield from _texts(batches, steps, text_key, path, tally)
+            plain = path.suffix.lower() not in COMPRESSIONS and path.stat().st_size
+            source = pyarrow.memory_map(str(path)) if plain else pyarrow.PythonFile(opened, mode="r")
+            for start in _streams(source, path):
+                steps = _steps(_ipc(source, start).schema, text_key, path)
+                column = _ipc(source, start).schema.get_field_index(steps[0])
+                batches = _batches(_ipc(source, start, pyarrow.ipc.IpcReadOptions(included_fields=[column])))
+                yield from _texts(batches, steps, text_key, path, tally)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: damaged Arrow file ({error}) — write it again") from None
 
 
-def _ipc(source, options: pyarrow.ipc.IpcReadOptions | None = None):
-    """A reader of a file, or of a stream as `datasets` keeps them."""
+def _streams(source: pyarrow.NativeFile, path: Path) -> list[int]:
+    """Where the streams of a file begin, which may follow on each other; a file with a footer holds one.
+
+    Arrow takes the end of a file for the end of a stream, and reads nothing after the first one.
+
+    Raises:
+        UserError: a stream without its mark of the end, or something else after it.
+    """
     source.seek(0)
-    try:
+    footed = source.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+    starts, size, end = list[int](), source.size(), len(ARROW_MAGIC) + 2 if footed else 0
+    while not starts or (end < size and not footed):
+        starts.append(end)
+        source.seek(end)
+        messages, kinds, at = pyarrow.ipc.MessageReader.open_stream(source), set[str](), end
+        for message in messages:
+            kinds.add(message.type)
+            at = source.tell()
+        end = source.tell()
+        if "schema" not in kinds:
+            raise UserError(f"{path}: damaged Arrow file (bytes after the end of a stream) — write it again")
+        if end == at:
+            raise UserError(f"{path}: damaged Arrow file (cut short: no mark of the end) — fetch or write it again")
+    if footed:
+        source.seek(size - FOOTER_LENGTH_AT)
+        if end + int.from_bytes(source.read(4), "little") + FOOTER_LENGTH_AT != size:
+            raise UserError(f"{path}: damaged Arrow file (bytes after its end, as of files joined) — write it again")
+        return [0]
+    return starts
+
+
+def _ipc(source: pyarrow.NativeFile, start: int, options: pyarrow.ipc.IpcReadOptions | None = None):
+    """A reader of a file with a footer, or of the stream that begins there, as `datasets` keeps them."""
+    source.seek(0)
+    if source.read(len(ARROW_MAGIC)) == ARROW_MAGIC:
         return pyarrow.ipc.open_file(source, options=options)
-    except pyarrow.ArrowInvalid:
-        source.seek(0)
-        return pyarrow.ipc.open_stream(source, options=options)
+    source.seek(start)
+    return pyarrow.ipc.open_stream(source, options=options)
 
 
 def _batches(reader) -> Iterator[pyarrow.RecordBatch]:

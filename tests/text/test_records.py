@@ -1,5 +1,6 @@
 """Rows and tables: every format gives the same documents; what is no text is named, skipped as asked, and counted."""
 
+import gzip
 import io
 import json
 
@@ -184,6 +185,27 @@ def test_a_damaged_arrow_file_is_named(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=rf"{name}: damaged Arrow file"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["arrow", "arrow.gz"])
+def test_arrow_streams_end_to_end_are_read_and_each_has_its_end(tmp_path, ending):
+    packed = gzip.compress if ending.endswith("gz") else bytes
+    path = tmp_path / f"a.{ending}"
+    one, whole = stream(TABLE), file(TABLE)
+    for data in (one + one, packed(one) + packed(one)):
+        path.write_bytes(packed(data) if data == one + one else data)
+        assert read(path)[0] == DOCUMENTS * 2
+    for data, reason in (
+        (one[:-8], "cut short: no mark of the end"),  # at the border of a batch
+        (one + one[:-8], "cut short: no mark of the end"),
+        (one + bytes(8), "bytes after the end of a stream"),
+        (one + b"garbage!" * 9, ".*"),
+        (whole + whole, r"bytes after its end, as of files joined"),
+        (one + whole, ".*"),
+    ):
+        path.write_bytes(packed(data))
+        with pytest.raises(UserError, match=rf"{path.name}: damaged Arrow file \({reason}\) — "):
+            read(path)
 
 
 def test_feather_of_the_first_version_is_named(tmp_path):
