@@ -27,6 +27,11 @@ FORMATS: dict[str, Format] = {
     ".fa": "fasta",
     ".fna": "fasta",
     ".faa": "fasta",
+    ".fas": "fasta",
+    ".ffn": "fasta",
+    ".frn": "fasta",
+    ".fsa": "fasta",
+    ".mpfa": "fasta",
 }
 WIKIEXTRACTOR = re.compile(r"wiki_\d\d+")  # its files have no ending
 NAMED = 4  # of what was passed over, in a message

@@ -50,3 +50,30 @@ def test_a_long_fasta_record_is_cut_and_a_long_header_is_none_of_it(tmp_path, mo
     sequence = "".join(random.Random(2).choices("ACGT", k=2000))
     (tmp_path / "a.fa").write_text(f">{'x>y ' * 1000}\n{sequence}\n>next\n;comment\nAC GT\n")
     assert list(Corpus((str(tmp_path / "a.fa"),))) == [sequence[:840], sequence[840:1680], sequence[1680:], "ACGT"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (">a\nACGT>b the second file\nGGTT\n", r":2: a header within a line, as where files without a line end"),
+        (">a\nACGT\n >b\nGGTT\n", ":3: a header after a blank — begin the line with its '>'"),
+        (">a\nACGT\n# comment\n", ":3: '#' is in no sequence"),
+        (">a\nACGT\nError: no such file\n", ":3: ':' is in no sequence .* — convert the file, or take the line out"),
+        (">a\n<!-- page\n", ":2: '<' is in no sequence"),
+        (">a\nACGT\n@read\nACGT\n+\nIIII\n", ":3: FASTQ, as it looks"),
+        (">a\n   1 acgtacgt acgt\n", ":2: a numbered line, as of GenBank or GCG"),
+        (">a\nACGß\n", ":2: 'ß' is in no sequence"),
+    ],
+)
+def test_what_is_no_sequence_is_refused_by_line(tmp_path, text, said):
+    (tmp_path / "a.fa").write_text(text)
+    with pytest.raises(UserError, match=rf"a\.fa{said}"):
+        list(Corpus((str(tmp_path / "a.fa"),)))
+
+
+def test_comments_cut_no_record_and_other_endings_are_read(tmp_path):
+    for name in ("a.fas", "b.ffn", "c.frn", "d.fsa", "e.mpfa"):
+        (tmp_path / name).write_text(">one\nAC-GT\n;a comment: 1\nAC.gt*\n>two\nGG\n")
+    assert list(Corpus((str(tmp_path),))) == ["AC-GTAC.GT*", "GG"] * 5
+    (tmp_path / "old.fa").write_text(";one\nACGT\n;two\nGG\n")
+    assert list(Corpus((str(tmp_path / "old.fa"),))) == ["ACGT", "GG"]
