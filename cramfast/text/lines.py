@@ -5,27 +5,25 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from cramfast.errors import UserError
 from cramfast.text.compressed import COMPRESSIONS, open_bytes, readable
+from cramfast.text.encodings import LOOKED_AT, guesses, is_binary, marked, seven_bit_encoding, wide_encoding
 from cramfast.text.tally import Tally
 
 # Longest piece of a document held at once, in characters. A file without a single blank line is one document; it is
 # cut here (between lines where it has lines), far above any sequence length, so that memory stays bounded.
 LONGEST_PIECE = 1 << 20
 READ_AT_ONCE = 1 << 18  # characters: a thread that reads by the line would wait for the interpreter as often
-LOOKED_AT = 1 << 16  # bytes, when an encoding is guessed
-WIDE_SHARE = 0.02  # of NUL bytes from which text is UTF-16; that of spaces and line ends in any language is higher
-LEAST_ZEROS = 4
-SPACES = tuple(b" \n\r")
-MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",  # before that of UTF-16, which it begins with
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+EASTERN_CHARACTERS = 8  # from which pairs of bytes are hardly UTF-8 by chance
+ICONV = {  # names of iconv's own
+    "latin-1": "ISO-8859-1",
+    "mac_roman": "MACINTOSH",
+    "mac_latin2": "MAC-CENTRALEUROPE",
+    "shift_jis": "SHIFT_JIS",
+    "hz": "HZ-GB-2312",
+    "iso2022_jp_ext": "ISO-2022-JP-3",
+    "iso2022_jp_2004": "ISO-2022-JP-3",
 }
-FOREIGN_SHARE = 0.25  # of bytes outside ASCII up to which a text is taken for one in Latin letters
 UNPACKED_BY = {".gz": "gzip", ".bgz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 
 
@@ -59,12 +57,16 @@ def read_lines(
     skips = tally is not None and tally.most_malformed > 0
     number, rest, first = 1, "", True
     with readable(path):
+        if name != "utf-8-sig":
+            _refuse_unicode(path, name)
         try:
             errors = "surrogateescape" if skips else "strict"
             with io.TextIOWrapper(open_bytes(path), encoding=name, errors=errors, newline=newline) as text:
                 while more := text.read(READ_AT_ONCE):
                     if "\0" in more and name == "utf-8-sig" and (wide := wide_encoding(more.encode(errors=errors))):
                         raise UserError(f"{path}: {_advice(path, wide)}")
+                    if name == "utf-8-sig" and more.isascii() and (seven := seven_bit_encoding(more)):
+                        raise UserError(f"{path}: {_advice(path, seven)}")
                     if first:
                         more, first = more.removeprefix("\ufeff"), False
                     *lines, rest = (rest + more).split("\n")
@@ -126,60 +128,6 @@ def ready_pieces(text: str) -> tuple[list[str], str]:
     return ready, text[start:]
 
 
-def wide_encoding(data: bytes) -> str | None:
-    """The encoding of which these bytes are text without a mark, by the places of their NUL bytes; None for any of one
-    byte or more a character.
-
-    Args:
-        data: from the beginning of a character, or of any half or quarter of one.
-    """
-    data = data[:LOOKED_AT]
-    zeros = [data[i::4].count(0) for i in range(4)]
-    total = sum(zeros)
-    if total < max(WIDE_SHARE * len(data), LEAST_ZEROS):
-        return None
-    full = [4 * count > 0.9 * len(data) for count in zeros]
-    if full[2] and full[3]:  # three bytes of four in Latin letters, and two in any script
-        return "utf-32-le"
-    if full[0] and full[1]:
-        return "utf-32-be"
-    units = np.frombuffer(data[: len(data) // 2 * 2], np.uint8).reshape(-1, 2)
-    little, big = (int((np.isin(units[:, at], SPACES) & (units[:, 1 - at] == 0)).sum()) for at in (0, 1))
-    even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
-    # Halves of Chinese characters may be 0 too, but not beside a space or a line end.
-    if max(little, big) > 10 * min(little, big) and 2 * max(little, big) > WIDE_SHARE * len(units):
-        return "utf-16-le" if little > big else "utf-16-be"
-    if min(even, odd) > 0.1 * total:
-        return None
-    return "utf-16-le" if odd > even else "utf-16-be"
-
-
-def guess_encoding(data: bytes) -> str | None:
-    """What bytes that are no UTF-8 are likely to be: wide with or without a mark, or Western; None for anything else.
-
-    Args:
-        data: the beginning of the text, or of the part that cannot be decoded.
-    """
-    for mark, name in MARKS.items():
-        if data.startswith(mark):
-            return name
-    if wide := wide_encoding(data):
-        return wide
-    if sum(byte >= 128 for byte in data) > FOREIGN_SHARE * len(data) or _is_binary(data):
-        return None
-    if not any(128 <= byte < 160 for byte in data):
-        return "latin-1"  # its bytes from 128 to 159 are control characters, which cp1252 has quotes and dashes in
-    try:
-        data.decode("cp1252")
-    except UnicodeDecodeError:
-        return None
-    return "cp1252"
-
-
-def _is_binary(data: bytes) -> bool:
-    return any(byte < 32 and byte not in b"\t\n\r\f\x1b" for byte in data)
-
-
 def _is_decoded(line: str, path: Path, number: int, tally: Tally) -> bool:
     if line.isascii() or not any("\udc80" <= character <= "\udcff" for character in line):
         return True
@@ -196,25 +144,88 @@ def _undecodable(path: Path, encoding: str, error: UnicodeError) -> str:
         head = data.read(LOOKED_AT)
     with open_bytes(path) as data:
         for number, line in enumerate(data, 1):
+            if _is_utf8(line):
+                continue
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as found:
                 place = f"{path}:{number}: byte {found.start + 1} of the line is not UTF-8 ({found.reason})"
-                wide = guess_encoding(head)
-                guess = wide if wide and wide.startswith("utf") else guess_encoding(head + line[:LOOKED_AT])
-                if guess:
-                    return f"{place}; {_advice(path, guess)}"
-                if _is_binary(head):
-                    return f"{place}; it looks like no text at all — leave it out, or unpack or convert it"
-                return f"{place} — {_unknown(path)}"
+                line = line[max(found.start - LOOKED_AT // 2, 0) : found.start + LOOKED_AT // 2]
+            if wide := marked(head) or wide_encoding(head):
+                return f"{place}; {_advice(path, wide)}"
+            if is_binary(head):
+                return f"{place}; it looks like no text at all — leave it out, or unpack or convert it"
+            # Other lines alone say which alphabet it is; those that are UTF-8 would mislead.
+            others = [other for other in data.read(LOOKED_AT).split(b"\n") if not _is_utf8(other)]
+            return f"{place}{_guessed(path, guesses(b''.join([line, *others]), line))}"
     return f"{path}: not UTF-8 — {_unknown(path)}"
 
 
-def _advice(path: Path, encoding: str) -> str:
-    without = " without a mark" if encoding.endswith(("-le", "-be")) else ""
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _refuse_unicode(path: Path, encoding: str) -> None:
+    """That the file is no Unicode, where it is to be read in an encoding of another kind: nearly any bytes are text in
+    one of these, and another text.
+
+    Raises:
+        UserError: a mark, NULs of wide characters, or valid UTF-8 beyond ASCII; any UTF-8 where a wide one was named.
+    """
+    wide, foreign = encoding.startswith(("utf-16", "utf-32")), 0
+    east = encoding.startswith(("gb", "big5", "euc", "shift", "cp9", "johab"))  # whose pairs of bytes may be UTF-8
+    decoder, found, head = codecs.getincrementaldecoder("utf-8")(), None, b""
+    with open_bytes(path) as data:
+        while more := data.read(LOOKED_AT):
+            if not head:
+                head = more
+                found = None if wide else marked(head) or wide_encoding(head)
+            try:
+                text = decoder.decode(more)
+            except UnicodeDecodeError:
+                break
+            if found or (wide and "\0" in text):
+                break
+            foreign += len(text) - len(text.encode("ascii", "ignore")) + wide * len(text)
+        else:
+            try:
+                decoder.decode(b"", final=True)
+            except UnicodeDecodeError:
+                pass
+            else:
+                found = "utf-8" if foreign >= (EASTERN_CHARACTERS if east else 1) else None
+    if found and not (wide and marked(head)):
+        raise UserError(
+            f"{path}: it is {found}, and would be another text in {encoding} — leave --encoding out and convert the "
+            f"files that are not UTF-8 with iconv, or prepare the two apart"
+        )
+
+
+def _guessed(path: Path, found: list[tuple[str, str]]) -> str:
+    """What an encoding may be, as a reader can tell; never that it is."""
+    if not found:
+        return f" — {_unknown(path)}"
+    readings = " or ".join(f"{name}: {piece!r}" for name, piece in found)
+    first = found[0][0]
     return (
-        f"it looks like {encoding}{without} — --encoding {encoding} reads it, or convert it: {_iconv(path, encoding)}"
+        f"; it may be {readings} — see which reads right and name it, such as --encoding {first}, or convert the "
+        f"file: {_iconv(path, first)}"
     )
+
+
+def _advice(path: Path, encoding: str) -> str:
+    """Of an encoding that marks, NULs or escapes tell."""
+    without = " without a mark" if encoding.endswith(("-le", "-be")) else ""
+    convert = f"convert it: {_iconv(path, encoding)}"
+    try:
+        check_encoding(encoding)
+    except UserError:  # Python has no codec for it
+        return f"it looks like {encoding} — {convert}"
+    return f"it looks like {encoding}{without} — --encoding {encoding} reads it, or {convert}"
 
 
 def _unknown(path: Path) -> str:
@@ -223,7 +234,8 @@ def _unknown(path: Path) -> str:
 
 def _iconv(path: Path, encoding: str) -> str:
     """A shell's line that makes UTF-8 of a file."""
-    source = {"latin-1": "ISO-8859-1"}.get(encoding, encoding.upper().replace("-LE", "LE").replace("-BE", "BE"))
+    source = encoding.upper().replace("_", "-").replace("-LE", "LE").replace("-BE", "BE")
+    source = ICONV.get(encoding, source.replace("ISO8859", "ISO-8859").replace("ISO2022", "ISO-2022"))
     ending = path.suffix.lower()
     stem = path.with_suffix("") if ending in COMPRESSIONS else path
     target = stem.with_suffix(f".utf8{stem.suffix}").name
