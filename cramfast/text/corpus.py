@@ -11,15 +11,16 @@ from cramfast.text.fasta import read_fasta
 from cramfast.text.files import Format, Listing, file_format, list_files
 from cramfast.text.hub import is_hub, read_dataset
 from cramfast.text.lines import pieces, read_lines, ready_pieces
-from cramfast.text.records import read_jsonl
+from cramfast.text.records import read_json, read_jsonl
 from cramfast.text.tables import read_arrow, read_parquet
 from cramfast.text.tally import Tally
 from cramfast.text.wikiextractor import read_wikiextractor
 
 Documents = Literal["blocks", "lines", "files"]
 # Of files with rows or elements of their own: (path, text_key, encoding, tally) to documents.
-READERS: dict[Format, Callable[[Path, str, str, Tally], Iterator[str]]] = {
+READERS: dict[str, Callable[[Path, str, str, Tally], Iterator[str]]] = {
     "jsonl": read_jsonl,
+    "json": read_json,
     "csv": read_csv,
     "tsv": read_tsv,
     "parquet": read_parquet,
@@ -59,6 +60,7 @@ class Corpus:
         """
         listing, tally = list_files(self.sources, self.format), Tally(self.skip_malformed)
         self.read[:] = listing, tally
+        listing.leave_copies()
         for source in dict.fromkeys(self.sources):
             if is_hub(source):
                 yield from read_dataset(source, self.text_key, tally)

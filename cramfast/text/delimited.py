@@ -1,6 +1,7 @@
 """Comma- and tab-separated values with a header."""
 
 import csv
+import re
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,12 @@ from cramfast.text.records import RENAMED, texts_of
 from cramfast.text.tally import Tally
 
 DELIMITERS = ",;\t|"  # of .csv, which spreadsheets of many countries write with semicolons
+# What pandas takes for a missing value, and what databases write for one.
+MISSING = frozenset(("\\N", "NULL", "null", "NaN", "nan", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "None"))
 LARGEST_CELL = 1 << 26  # characters; beyond that a quote was never closed
+LOOKED_AT = 1 << 20  # characters of a .tsv, for how its cells are quoted
+CELL = re.compile(r'(?:(?<=[\t\n])|^)"(?:[^"]|"")*"(?=[\t\n]|$)')
+CELL_OF_A_LINE = re.compile(r'(?:(?<=[\t\n])|^)"(?:[^"\t\n]|"")*"(?=[\t\n]|$)')
 # A cell of several lines that nearly all have as many delimiters as the header may be rows that a stray quote joined.
 # One delimiter a line is common in prose: so many are asked for in all.
 ROWLIKE_SHARE = 0.9
@@ -40,7 +46,7 @@ def _quoted_cells(
     for number, row, taken in _rows(lines, delimiter, path, tally):
         where = f"{path}:{number}"
         if len(taken) > 1 and (count := _rowlike(taken[1:], delimiter, header)):
-            tally.swallow(f"{where}: a cell of {count:,} lines that look like rows")
+            tally.note("joined", f"{where}: a cell of {count:,} lines that look like rows")
         yield from _cell(row, place, header, text_key, where, tally)
 
 
@@ -97,14 +103,47 @@ def _rowlike(lines: list[str], delimiter: str, header: list[str]) -> int:
 
 
 def read_tsv(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterator[str]:
-    """The documents of tab-separated values with a header: a line is a row, quotes are characters (IANA)."""
-    header: list[str] | None = None
-    for number, line in whole_lines(path, encoding, tally):
-        row = line.rstrip("\n").split("\t")
-        if header is None:
-            header, place = row, _column(row, text_key, path)
-        else:
-            yield from _cell(row, place, header, text_key, f"{path}:{number}", tally)
+    """The documents of tab-separated values with a header: a line is a row, quotes are characters (IANA); but where all
+    cells with quotes are quoted as pandas and spreadsheets do it, cells are read so."""
+    head, size = list[str](), 0
+    for _, line in whole_lines(path, encoding, Tally(tally.most_malformed)):
+        head.append(line)
+        size += len(line)
+        if size > LOOKED_AT:
+            break
+    lines = whole_lines(path, encoding, tally)
+    number, first = next(lines, (1, ""))
+    quoted = is_quoted(head)
+    header = next(csv.reader([first], delimiter="\t")) if quoted else first.rstrip("\n").split("\t")
+    place = _column(header, text_key, path)
+    if quoted:
+        yield from _quoted_cells(lines, "\t", header, place, text_key, path, tally)
+        return
+    for number, line in lines:
+        row = line.rstrip("\n").split("\t") if line != "\n" else []
+        where = f"{path}:{number}"
+        if len(row) == len(header) and CELL.fullmatch(row[place]) and '""' in row[place][1:-1]:
+            tally.note("quoted", where)
+        yield from _cell(row, place, header, text_key, where, tally)
+
+
+def is_quoted(lines: list[str]) -> bool:
+    """Whether the cells of tab-separated values, of which this is the beginning, are quoted where they hold a quote, a
+    tab or a line end, or all of them; a text that merely begins and ends with a quote says nothing."""
+    text = "".join(lines)
+    if '"' not in text:
+        return False
+    # Where every line is a row as it stands, a quote on one line and one on the next are of no one cell.
+    alone = all(line.count("\t") == lines[0].count("\t") for line in lines if line.strip())
+    pattern = CELL_OF_A_LINE if alone else CELL
+    cells, rest = [cell[1:-1] for cell in pattern.findall(text)], pattern.sub("", text)
+    cut = re.search(r'(?:^|[\t\n])"[^\t"]*$', rest)  # the last cell
+    if '"' in (rest[: cut.start()] if cut and not alone else rest):
+        return False
+    if not any(rest.split()):
+        return len(cells) > 1
+    written = any('""' in cell or "\t" in cell or "\n" in cell for cell in cells)
+    return written and not any(set('"\t\n,').isdisjoint(cell) for cell in cells)
 
 
 def _column(header: list[str], text_key: str, path: Path) -> int:
@@ -116,10 +155,19 @@ def _column(header: list[str], text_key: str, path: Path) -> int:
 
 
 def _cell(row: list[str], place: int, header: list[str], text_key: str, where: str, tally: Tally) -> Iterator[str]:
-    if not any(row):  # a blank line
+    if not row:  # a blank line
+        return
+    if not any(row):
+        tally.blank_text += 1
+        return
+    if row == header:  # files that were joined
+        tally.note("header", where)
         return
     if len(row) != len(header):
         cells = f"{len(row)} cells where the header has {len(header)}"
         tally.skip(f"{where}: {cells}", "quote cells that hold delimiters or line ends")
+        return
+    if row[place] in MISSING:
+        tally.note("missing", f"{row[place]} at {where}")
         return
     yield from texts_of(row[place], text_key, where, tally)

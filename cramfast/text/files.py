@@ -6,18 +6,23 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
 from cramfast.errors import UserError
 from cramfast.text.compressed import COMPRESSIONS
+from cramfast.text.copies import archived, equal
 from cramfast.text.prepared import PARTIAL, is_prepared
+from cramfast.text.records import holds_rows
+from cramfast.text.saved import SPLITS, data_files, other_splits, read_splits
 
 Format = Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "arrow", "wikiextractor", "fasta"]
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, Format | Literal["json"]] = {
     ".txt": "text",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "json",
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
@@ -33,8 +38,18 @@ FORMATS: dict[str, Format] = {
     ".fsa": "fasta",
     ".mpfa": "fasta",
 }
+PIPE = "pipe or device"
 WIKIEXTRACTOR = re.compile(r"wiki_\d\d+")  # its files have no ending
 NAMED = 4  # of what was passed over, in a message
+UNPACK, CONVERT, SEQUENCES = "unpack archives", "convert documents to text", "convert sequences to FASTA"
+REMEDIES = {  # of kinds that are no text as they stand
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"), UNPACK),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".xls", ".xlsx", ".ods"), CONVERT),
+    **dict.fromkeys((".fastq", ".fq", ".gb", ".gbk", ".genbank", ".embl", ".gcg", ".sam", ".bam"), SEQUENCES),
+    **dict.fromkeys((".orc", ".avro", ".sqlite", ".db", ".pkl", ".pickle", ".npy", ".rds"), "write tables as .parquet"),
+    ".json": ".json is read where it is an array of objects, or has an object a line",
+    PIPE: "write what a pipe gives to a file",
+}
 
 
 def is_hidden(name: str) -> bool:
@@ -67,6 +82,9 @@ class Listing:
     hidden: names left out.
     twice: files that were reached again.
     broken: links that lead nowhere.
+    left: files of a folder of `datasets` that are no rows to train on, by why.
+    archives: files beside which the same text lies packed.
+    same: files with the bytes of an earlier one.
     """
 
     files: dict[str, list[Path]] = field(default_factory=dict)
@@ -76,6 +94,9 @@ class Listing:
     hidden: list[str] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    left: Counter[str] = field(default_factory=Counter)
+    archives: dict[Path, Path] = field(default_factory=dict)
+    same: list[tuple[Path, Path]] = field(default_factory=list)
 
     def all(self) -> list[Path]:
         return [path for files in self.files.values() for path in files]
@@ -92,17 +113,44 @@ class Listing:
         shown = ", ".join(self.hidden[:NAMED]) + (", …" if len(self.hidden) > NAMED else "")
         return f"left out {len(self.hidden):,} hidden files or folders ({shown})"
 
+    def remedy(self) -> str:
+        """What to do about the files passed over; reading them as text is none for archives and the like."""
+        known = list(dict.fromkeys(REMEDIES[ending] for ending in self.passed if ending in REMEDIES))
+        others = len(self.passed) > sum(ending in REMEDIES for ending in self.passed)
+        return "; ".join(known + [f"--format text reads {'the others' if known else 'them'}"] * others)
+
+    def leave_copies(self) -> None:
+        """Take out archives of a file beside them, and look for other files with the same bytes."""
+        self.archives = archived(self.all())
+        for source, files in self.files.items():
+            self.files[source] = [path for path in files if path not in self.archives]
+        self.same = equal(self.all())
+
     def notes(self) -> list[str]:
         """One line for each kind of file that was not read."""
         said = []
         if self.passed:
-            said.append(f"{self.passed_over()} — --format text reads them, or name the files alone")
+            said.append(f"{self.passed_over()} — {self.remedy()}, or name the files alone")
         if self.hidden:
             said.append(f"{self.left_out()} — name one to read it")
         if self.broken:
             said.append(f"{len(self.broken):,} links lead nowhere, the first {self.broken[0]} — mend or remove them")
         if self.twice:
             said.append(f"{_files(len(self.twice))} reached by two paths, read once, the first {self.twice[0]}")
+        said += (f"left out {_files(count)}: {why}" for why, count in self.left.items())
+        said += read_splits(self.all())
+        if self.archives:
+            packed, kept = next(iter(self.archives.items()))
+            said.append(
+                f"left out {_files(len(self.archives))} with the text of one beside them, the first: {kept} and "
+                f"{packed.name} hold the same text"
+            )
+        if self.same:
+            path, earlier = self.same[0]
+            said.append(
+                f"{_files(len(self.same))} of the same bytes as another, read as well, the first: {path} and {earlier} "
+                f"hold the same text — remove one, or --curation.duplicates exact keeps each document once"
+            )
         return said
 
 
@@ -133,6 +181,8 @@ def list_files(sources: tuple[str, ...], given: Format = "auto") -> Listing:
     """
     if given not in get_args(Format):
         raise UserError(f"format={given!r} is not known — use one of {', '.join(get_args(Format))}")
+    if any(not source.strip() for source in sources):
+        raise UserError("data: an empty name — name files or folders; . is the folder at hand")
     listing, seen = Listing(), set()
     for source in dict.fromkeys(s for s in sources if not s.startswith("hf:")):
         try:
@@ -145,7 +195,7 @@ def list_files(sources: tuple[str, ...], given: Format = "auto") -> Listing:
     if listing.passed_bytes > listing.read_bytes:
         raise UserError(
             f"{' '.join(sources)}: {listing.passed_over()}, most of what is there, with {size(listing.read_bytes)} to "
-            f"read — --format text reads all of it, or name the files to read alone, such as 'FOLDER/**/*.txt'"
+            f"read — {listing.remedy()}, or name the files to read alone, such as 'FOLDER/**/*.txt'"
         )
     return listing
 
@@ -177,19 +227,25 @@ def _files_of(source: str, given: Format, listing: Listing) -> list[Path]:
             )
         found = sorted(_files_under(path, listing))
         listing.broken += (str(p) for p in found if not p.exists())
-        if not (files := _known([p for p in found if p.is_file()], given, listing)):
-            reasons = [f"{listing.passed_over()}; --format text reads them"] * bool(listing.passed)
+        if not (files := _known([p for p in found if p.exists()], given, listing)):
+            reasons = [f"{listing.passed_over()}; {listing.remedy()}"] * bool(listing.passed)
             reasons += [f"{listing.left_out()}; name one to read it"] * bool(listing.hidden)
             reason = f" ({'; '.join(reasons)})" if reasons else ""
             raise UserError(f"{source}: no text in this folder{reason} — cramfast reads {supported()}")
         return files
     if path.is_file():
         if not file_format(path, given):
-            raise UserError(
-                f"{source}: unknown kind of file — cramfast reads {supported()}; --format says what another one is"
-            )
+            other = REMEDIES.get(_ending(path), "--format says what another one is")
+            raise UserError(f"{source}: unknown kind of file — cramfast reads {supported()}; {other}")
         return [path]
+    if path.exists():
+        raise UserError(f"{source}: a pipe or a device, which cannot be read twice — write what it gives to a file")
     return _matches(source, given, listing)
+
+
+def _ending(path: Path) -> str:
+    """By which a file is counted that is not read."""
+    return path.suffix.lower() if path.is_file() else PIPE
 
 
 def _matches(pattern: str, given: Format, listing: Listing) -> list[Path]:
@@ -199,11 +255,16 @@ def _matches(pattern: str, given: Format, listing: Listing) -> list[Path]:
     hidden |= {name for name in found if "__MACOSX" in set(name.split("/")) - written}
     listing.hidden += sorted(name for name in hidden if os.path.isfile(name))
     visible = (Path(name) for name in found if name not in hidden)
-    there = sorted(p for p in visible if p.is_file() and not is_prepared(p.parent))
+    there = sorted(p for p in visible if p.exists() and not p.is_dir() and not is_prepared(p.parent))
     if there and not (files := _known(there, given, listing)):
         raise UserError(
             f"{pattern}: every file that matches is of an unknown kind, {listing.passed_over()} — cramfast reads "
-            f"{supported()}; --format text reads them"
+            f"{supported()}; {listing.remedy()}"
+        )
+    if not there and "[" in pattern and glob.glob(as_written := pattern.replace("[", "[[]"), recursive=True):
+        raise UserError(
+            f"{pattern}: nothing matches it, since [ ] are signs of a pattern — write '{as_written}' for the brackets "
+            "themselves, or name the folder"
         )
     if not there:
         raise UserError(
@@ -215,13 +276,19 @@ def _matches(pattern: str, given: Format, listing: Listing) -> list[Path]:
 
 def _known(paths: list[Path], given: Format, listing: Listing) -> list[Path]:
     """Those that can be read; the others are counted."""
-    known = []
+    known, saved = [], cache(data_files)
     for path in paths:
-        if file_format(path, given):
-            known.append(path)
+        kind = file_format(path, given) if path.is_file() else None
+        rows = saved(path.parent)
+        if rows is not None and path.is_file() and path.name not in rows:
+            if kind == "arrow":
+                listing.left["Arrow files that are not of the data set beside them (cache-*.arrow of datasets)"] += 1
+        elif kind is None or (kind == "json" and not holds_rows(path)):
+            if path.name != SPLITS:
+                listing.passed[_ending(path)] += 1
+                listing.passed_bytes += path.stat().st_size
         else:
-            listing.passed[path.suffix.lower()] += 1
-            listing.passed_bytes += path.stat().st_size
+            known.append(path)
     return known
 
 
@@ -248,6 +315,12 @@ def _files_under(root: Path, listing: Listing) -> Iterator[Path]:
             yield from (here / name for name in names if not is_hidden(name))
             ours = {name for name in inner if name.startswith(".") and name.endswith(PARTIAL)}
             ours |= {name for name in inner if is_prepared(here / name)}
+            for name in sorted(others := other_splits(here) & set(inner)):
+                count = sum(len(files) for _, _, files in os.walk(here / name))
+                listing.left[
+                    f"the split {name} of {here}, which is not for training — name {here / name} to read it"
+                ] += count
+            ours |= others
             listing.hidden += sorted(str(here / name) for name in {*names, *inner} - ours if is_hidden(name))
             inner[:] = sorted(name for name in inner if name not in ours and not is_hidden(name))
             starts += (here / name for name in inner if (here / name).is_symlink())

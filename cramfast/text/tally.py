@@ -1,10 +1,24 @@
 """What one reading of the text met that is no text: counted, to be said at its end."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from cramfast.errors import UserError
 
 FLAT_CHARACTERS = 10_000  # of a text file without a blank line, from which it is hardly one document
+NOTED = {
+    "joined": "{count:,} cells may hold many rows each, the first: {first} — see whether a quote is closed too late",
+    "header": "{count:,} rows repeat the header and are no documents, the first: {first}",
+    "missing": "{count:,} cells are markers of missing values and no documents, the first: {first}",
+    "quoted": (
+        "{count:,} texts stand in quotes, as spreadsheets write them, and keep these, the first: {first} — name the "
+        "file .csv to read them as quotes"
+    ),
+    "half": (
+        "{count:,} texts hold halves of surrogate pairs, which are no characters and become '?', the first: {first} — "
+        "write them again, or leave it so"
+    ),
+}
 
 
 @dataclass
@@ -12,8 +26,9 @@ class Tally:
     """Attributes:
     most_malformed: rows that may be left out; the next one is an error.
     malformed: rows that were left out, the first of them at `first_malformed`.
-    swallowed: cells of many lines that look like rows, the first of them at `first_swallowed`.
+    noted: rows and files of each kind of NOTED, the first of each in `first`.
     without_text: rows whose text is null.
+    blank_text: rows whose text is empty.
     empty: files without any document.
     flat: text files of some length without a blank line, with `flat_characters` in all.
     """
@@ -21,9 +36,10 @@ class Tally:
     most_malformed: int = 0
     malformed: int = 0
     first_malformed: str = ""
-    swallowed: int = 0
-    first_swallowed: str = ""
+    noted: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
     without_text: int = 0
+    blank_text: int = 0
     empty: int = 0
     flat: int = 0
     flat_characters: int = 0
@@ -42,10 +58,15 @@ class Tally:
         self.malformed += 1
         self.first_malformed = self.first_malformed or what
 
-    def swallow(self, what: str) -> None:
-        """Count a cell that may hold rows of its own."""
-        self.swallowed += 1
-        self.first_swallowed = self.first_swallowed or what
+    def note(self, kind: str, what: str, count: int = 1) -> None:
+        """Count what a reader should know of.
+
+        Args:
+            kind: one of NOTED.
+            what: names the place.
+        """
+        self.noted[kind] += count
+        self.first.setdefault(kind, what)
 
     def text_file(self, characters: int, blank: bool) -> None:
         """Count a text file that was read in blocks between blank lines."""
@@ -61,13 +82,11 @@ class Tally:
                 f"{self.malformed:,} malformed rows left out, the first: {self.first_malformed} — mend them, or leave "
                 "it so"
             )
-        if self.swallowed:
-            said.append(
-                f"{self.swallowed:,} cells may hold many rows each, the first: {self.first_swallowed} — see whether a "
-                "quote there is closed too late"
-            )
-        if self.without_text:
-            said.append(f"{self.without_text:,} rows have no text (null) and are no documents")
+        said += (NOTED[kind].format(count=count, first=self.first[kind]) for kind, count in self.noted.items())
+        if rows := self.without_text + self.blank_text:
+            both = f"{self.without_text:,} null, {self.blank_text:,} empty"
+            which = both if self.without_text and self.blank_text else "null" if self.without_text else "empty"
+            said.append(f"{rows:,} rows have no text ({which}) and are no documents")
         if self.empty:
             said.append(f"{self.empty:,} files hold no document")
         if self.flat:

@@ -56,3 +56,48 @@ def test_a_long_cell_of_prose_is_none_of_them(tmp_path):
     prose = "\n".join(["A line, with a comma", "and one without"] * 40)
     (tmp_path / "a.csv").write_text(f'id,text\n1,"{prose}"\n2,two\n')
     assert read(tmp_path / "a.csv") == ([prose, "two"], [])
+
+
+def test_markers_of_missing_values_headers_and_empty_cells_are_counted(tmp_path):
+    for name, mark in (("a.csv", ","), ("a.tsv", "\t")):
+        path = tmp_path / name
+        cells = ["one", "NA", r"\N", "NULL", "NaN", "", "  ", "NA is a word"]
+        path.write_text("\n".join([f"id{mark}text", *(f"1{mark}{cell}" for cell in cells), f"id{mark}text", "", ""]))
+        assert read(path) == (
+            ["one", "NA is a word"],
+            [
+                f"4 cells are markers of missing values and no documents, the first: NA at {path}:3",
+                f"1 rows repeat the header and are no documents, the first: {path}:10",
+                "2 rows have no text (empty) and are no documents",
+            ],
+        )
+
+
+QUOTED = 'id\ttext\n1\t"He said ""yes"", and went"\n2\tplain\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        (QUOTED, ['He said "yes", and went', "plain"]),
+        (QUOTED + '3\t"two\nlines of text"\n', ['He said "yes", and went', "plain", "two\nlines of text"]),
+        ('"id"\t"text"\n"1"\t"one"\n"2"\t"two"\n', ["one", "two"]),
+        ('id\ttext\n1\t"Hello"\n2\t"Open, he said\n3\tword"\n', ['"Hello"', '"Open, he said', 'word"']),
+        ('id\ttext\n1\t"Open\n2\tword"\n', ['"Open', 'word"']),
+        ('id\ttext\n1\ta 5" nail\n2\t"Hello"\n', ['a 5" nail', '"Hello"']),
+    ],
+)
+def test_tabs_and_quotes_as_pandas_writes_them_and_as_they_stand(tmp_path, text, documents):
+    (tmp_path / "a.tsv").write_text(text)
+    assert read(tmp_path / "a.tsv") == (documents, [])
+
+
+def test_quotes_of_which_some_are_a_spreadsheets_are_noted(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text(QUOTED + '3\t"Open, he said\n')
+    documents, said = read(path)
+    assert documents[0] == '"He said ""yes"", and went"' and len(documents) == 3
+    assert said == [
+        f"1 texts stand in quotes, as spreadsheets write them, and keep these, the first: {path}:2 — name the file "
+        ".csv to read them as quotes"
+    ]

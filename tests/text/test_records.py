@@ -224,3 +224,45 @@ def test_a_long_document_is_cut_alike_in_a_file_of_any_kind(tmp_path, monkeypatc
     assert blocks[0] == blocks[1] == blocks[2] and max(map(len, blocks[0])) <= 100 < len(text)
     assert "".join("".join(blocks[0]).split()) == "".join(text.split())
     assert all(word in text.split() for block in blocks[0] for word in block.split())  # no word is cut
+
+
+@pytest.mark.parametrize("row", ['{"text": "a", "text": "b"}', '{"document": {"text": 1}, "document": {"text": "b"}}'])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_two_keys_of_one_name_are_refused(tmp_path, name, row):
+    (tmp_path / name).write_text(row if name == "a.jsonl" else f"[{row}]")
+    key = "text" if row.startswith('{"text') else "document"
+    with pytest.raises(UserError, match=rf"{name}.*: 2 keys are named '{key}' — "):
+        read(tmp_path / name, text_key="text" if key == "text" else "document.text")
+    (tmp_path / name).write_text('{"id": 1, "id": 2, "text": "one"}\n{"id": 1, "text": "two"}\n')
+    assert read(tmp_path / name)[0] == ["one", "two"]
+
+
+def test_a_json_file_of_rows_is_read_and_settings_are_passed_over(tmp_path):
+    rows = [{"id": i, "text": text} for i, text in enumerate(DOCUMENTS)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    (tmp_path / "config.json").write_text('{"a": 1}\n')
+    (tmp_path / "more.json").write_text(json.dumps({"a": [1, 2]}, indent=1))
+    documents, corpus = read(tmp_path)
+    assert documents == DOCUMENTS * 3 and "passed over 2 files" in corpus.notes()[0]
+    for text, said in (
+        ('[{"text": 1}]', r", row 1: 'text' is a int"),
+        ("[1]", ", row 1: a JSON int where an object"),
+        ('[{"text": "a"}', r": not JSON \(.*\) — it should be one array of objects, or hold one a line"),
+    ):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(UserError, match=rf"a\.json{said}"):
+            read(tmp_path / "a.json")
+
+
+def test_empty_texts_and_halves_of_characters_are_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": null}\n{"text": ""}\n{"text": " "}\n{"text": "a\\ud83d b"}\n{"text": "\\ud83d\\ude42"}\n')
+    documents, corpus = read(path)
+    assert documents == ["a? b", "🙂"]
+    assert [line.removeprefix(f"{path}: ") for line in corpus.notes()] == [
+        "1 texts hold halves of surrogate pairs, which are no characters and become '?', the first: "
+        f"{path}:4 — write them again, or leave it so",
+        "3 rows have no text (1 null, 2 empty) and are no documents",
+    ]
