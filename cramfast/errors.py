@@ -26,6 +26,11 @@ def printable(text: str) -> str:
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def _one_line(text: str) -> str:
+    """Of a message that another library's has broken, or a name with a line end in it."""
+    return re.sub(r"\s*[\n\r\x85\u2028\u2029]\s*", " ", text.strip())
+
+
 def note(text: str) -> None:
     """Say something that a user should know of, in one line of stderr."""
     print(f"note: {printable(' '.join(text.split()))}", file=sys.stderr)
@@ -57,7 +62,7 @@ def command(main: Callable[[], None]) -> None:
             sys.stdout.flush()
     except UserError as error:
         Console(stderr=True).print(
-            "[bold red]error:[/]", escape(printable(str(error))), highlight=False, soft_wrap=True
+            "[bold red]error:[/]", escape(printable(_one_line(str(error)))), highlight=False, soft_wrap=True
         )
         sys.exit(2)
     except KeyboardInterrupt:

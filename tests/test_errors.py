@@ -34,8 +34,10 @@ def test_messages_and_notes_are_escaped(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         errors.command(main)
     note(EVIL)
+    with pytest.raises(SystemExit):
+        errors.command(lambda: next(iter(Corpus((str(tmp_path / "no\n  such\u2028file.txt"),)))))
     said = capsys.readouterr().err
-    assert not obeyed(said) and said.count("\\x1b[2J") == 2 and len(said.splitlines()) == 2
+    assert not obeyed(said) and said.count("\\x1b[2J") == 2 and len(said.splitlines()) == 3
 
 
 def test_the_demonstration_is_escaped():

@@ -1,5 +1,7 @@
 """Text in: files, folders, globs and Hugging Face datasets as one stream of documents, one at a time in memory."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +13,10 @@ from cramfast.text.fasta import read_fasta
 from cramfast.text.files import Format, Listing, file_format, list_files
 from cramfast.text.hub import is_hub, read_dataset
 from cramfast.text.lines import pieces, read_lines, ready_pieces
+from cramfast.text.magic import check_magic
 from cramfast.text.records import read_json, read_jsonl
 from cramfast.text.tables import read_arrow, read_parquet
-from cramfast.text.tally import Tally
+from cramfast.text.tally import SEPARATORS, Tally
 from cramfast.text.wikiextractor import read_wikiextractor
 
 Documents = Literal["blocks", "lines", "files"]
@@ -28,6 +31,7 @@ READERS: dict[str, Callable[[Path, str, str, Tally], Iterator[str]]] = {
     "wikiextractor": read_wikiextractor,
     "fasta": read_fasta,
 }
+PADDING = re.compile("\0{2,}")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Corpus:
 
     def _documents_of(self, path: Path, tally: Tally) -> Iterator[str]:
         kind = file_format(path, self.format)
+        if not check_magic(path, kind, self.format != "auto", tally):
+            return iter(())
         if kind == "text":
             return _split_text(path, self.documents, self.encoding, tally)
         return READERS[kind](path, self.text_key, self.encoding, tally)
@@ -95,9 +101,16 @@ def read_documents(sources: tuple[str, ...], documents: Documents = "blocks", te
 def _split_text(path: Path, documents: Documents, encoding: str, tally: Tally) -> Iterator[str]:
     block: list[str] = []
     size = characters = 0
-    blank = documents != "blocks"
+    blank, ends, separators = documents != "blocks", 0, Counter[str]()
     for _, line in read_lines(path, encoding, tally):
+        if "\0" in line:  # of a file that was larger than what was written to it
+            whole, line = line, PADDING.sub("", line)
+            if line != whole:
+                tally.note("padding", str(path), len(whole) - len(line))
+        if not ends and documents != "files":
+            separators.update({mark: count for mark in SEPARATORS if (count := line.count(mark))})
         characters += len(line)
+        ends += line.endswith("\n")
         if documents == "blocks" and line.isspace():
             blank = True
             yield from pieces("".join(block))
@@ -113,4 +126,4 @@ def _split_text(path: Path, documents: Documents, encoding: str, tally: Tally) -
             yield from pieces("".join(block))
             block, size = [], 0
     yield from pieces("".join(block))
-    tally.text_file(characters, blank)
+    tally.text_file(str(path), characters, blank, ends, separators)

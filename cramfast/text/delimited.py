@@ -27,7 +27,9 @@ ROWLIKE_DELIMITERS = 10
 def read_csv(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterator[str]:
     """The documents of comma-separated values with a header (RFC 4180); other delimiters by the header."""
     lines = whole_lines(path, encoding, tally)
-    _, first = next(lines, (1, ""))
+    first = next((line for _, line in lines if line.strip()), "")
+    if not first:
+        return
     headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in DELIMITERS}
     delimiter = next((d for d, names in headers.items() if text_key in names), DELIMITERS[0])
     place = _column(headers[delimiter], text_key, path)
@@ -112,7 +114,9 @@ def read_tsv(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterator
         if size > LOOKED_AT:
             break
     lines = whole_lines(path, encoding, tally)
-    number, first = next(lines, (1, ""))
+    first = next((line for _, line in lines if line.strip()), "")
+    if not first:
+        return
     quoted = is_quoted(head)
     header = next(csv.reader([first], delimiter="\t")) if quoted else first.rstrip("\n").split("\t")
     place = _column(header, text_key, path)

@@ -10,7 +10,9 @@ import numpy as np
 
 LOOKED_AT = 1 << 16  # bytes
 WIDE_SHARE = 0.02  # of NUL bytes from which text is UTF-16; that of spaces and line ends in any language is higher
+LETTERS_SHARE = 0.25  # in text of Latin letters without a space; it is nearly a half
 LEAST_ZEROS = 4
+FILLED = re.compile(rb"\0{4,}\Z|\0{8,}")  # NULs of no character, which fill up a file
 SPACES = tuple(b" \n\r")
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",  # before that of UTF-16, which it begins with
@@ -79,14 +81,12 @@ def wide_encoding(data: bytes) -> str | None:
     Args:
         data: from the beginning of a character, or of any half or quarter of one.
     """
-    data = data[:LOOKED_AT]
+    data = FILLED.sub(b"", data[:LOOKED_AT])
     zeros = [data[i::4].count(0) for i in range(4)]
     total = sum(zeros)
     if total < max(WIDE_SHARE * len(data), LEAST_ZEROS):
         return None
     full = [4 * count > 0.9 * len(data) for count in zeros]
-    if all(full):  # padding
-        return None
     if full[2] and full[3]:  # three bytes of four in Latin letters, and two in any script
         return "utf-32-le"
     if full[0] and full[1]:
@@ -97,7 +97,7 @@ def wide_encoding(data: bytes) -> str | None:
     # Halves of Chinese characters may be 0 too, but not beside a space or a line end.
     if max(little, big) > 10 * min(little, big) and 2 * max(little, big) > WIDE_SHARE * len(units):
         return "utf-16-le" if little > big else "utf-16-be"
-    if min(even, odd) > 0.1 * total:
+    if min(even, odd) > 0.1 * total or total < LETTERS_SHARE * len(data):  # records of even length between NULs
         return None
     return "utf-16-le" if odd > even else "utf-16-be"
 

@@ -131,6 +131,8 @@ def holds_rows(path: Path) -> bool:
             head = file.read(LOOKED_AT).removeprefix(codecs.BOM_UTF8).lstrip()
     except (OSError, EOFError, Damaged):
         return True  # the reader names what is wrong
+    if not head:
+        return True  # an empty file, counted as one
     first, _, rest = head.partition(b"\n")
     if head.startswith(b"["):
         return head[1:].lstrip().startswith(b"{")

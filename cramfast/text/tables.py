@@ -129,6 +129,7 @@ def _texts(batches, steps: list[str], text_key: str, path: Path, tally: Tally) -
         column = batch.column(0)
         for step in steps[1:]:
             column = pyarrow.compute.struct_field(column, step)
+        padded = pyarrow.types.is_fixed_size_binary(column.type)  # to that size
         for value in column:
             row += 1
             try:
@@ -136,4 +137,6 @@ def _texts(batches, steps: list[str], text_key: str, path: Path, tally: Tally) -
             except UnicodeDecodeError as error:
                 tally.skip(f"{path}, row {row}: not UTF-8 ({error.reason})", "write it again")
                 continue
+            if padded and text is not None:
+                text = text.rstrip(b"\0")
             yield from texts_of(text, text_key, f"{path}, row {row}", tally)

@@ -12,10 +12,12 @@ from cramfast.text.tally import Tally
 def read_wikiextractor(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterator[str]:
     """An article is a document: its title, and its paragraphs; what was escaped is spelled out again."""
     article: list[str] = []
-    for number, line in whole_lines(path, encoding, tally):
-        if number == 1 and line.startswith("{"):
+    first = True  # of the lines that are not blank
+    for _, line in whole_lines(path, encoding, tally):
+        if first and line.lstrip().startswith("{"):
             yield from read_jsonl(path, text_key, encoding, tally)
             return
+        first = first and not line.strip()
         if line.startswith(("<doc ", "</doc>")):
             yield from pieces(html.unescape("".join(article)))
             article = []
