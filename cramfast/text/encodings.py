@@ -57,6 +57,7 @@ OTHERS = {  # the eight commonest letters first
     "านรอกเงมยลวดทสตะปบคหแจพช" + "".join(map(chr, range(0xE01, 0xE5C))): ("cp874",),
 }
 COMMONEST = 8
+TELLING = 8  # characters, from which their frequencies say something
 EAST = {  # a standard, and its first bytes of the commoner characters
     "shift_jis": ("euc_jp", 0xB0, 0xCF),
     "euc_jp": ("euc_jp", 0xB0, 0xCF),
@@ -187,7 +188,7 @@ def _share(text: str | None, letters: str, other_script: bool) -> float:
             risen = character.isupper() and before.islower()  # as in "ГОрод"
             home += not mixed and not risen
             common += other_script and not mixed and character in letters[:COMMONEST]
-    return (home + common / 2) / total if total else 0.0
+    return (home + common / 2 * (total >= TELLING)) / total if total else 0.0
 
 
 def _eastern_share(text: str | None, encoding: str) -> float:

@@ -59,11 +59,11 @@ def is_hidden(name: str) -> bool:
 
 def file_format(path: Path, given: Format = "auto") -> Format | None:
     """What kind of file this is by its name, whatever its compression; None for one that is no text."""
-    if given != "auto":
-        return given
     name = path.name.lower()
     if path.suffix.lower() in COMPRESSIONS:
         name = name.removesuffix(path.suffix.lower())
+    if given != "auto":
+        return "json" if given == "jsonl" and name.endswith(".json") else given
     if WIKIEXTRACTOR.fullmatch(name):
         return "wikiextractor"
     return FORMATS.get(Path(name).suffix)
@@ -261,7 +261,12 @@ def _matches(pattern: str, given: Format, listing: Listing) -> list[Path]:
             f"{pattern}: every file that matches is of an unknown kind, {listing.passed_over()} — cramfast reads "
             f"{supported()}; {listing.remedy()}"
         )
-    if not there and "[" in pattern and glob.glob(as_written := pattern.replace("[", "[[]"), recursive=True):
+    as_written = pattern.replace("[", "[[]")
+    literal = set(glob.glob(as_written, recursive=True)).difference(found) if "[" in pattern else ()
+    if there and literal:
+        why = f"of names with brackets, which are signs of a pattern — write '{as_written}' to read them"
+        listing.left[why] += len(literal)
+    if not there and literal:
         raise UserError(
             f"{pattern}: nothing matches it, since [ ] are signs of a pattern — write '{as_written}' for the brackets "
             "themselves, or name the folder"
@@ -280,10 +285,12 @@ def _known(paths: list[Path], given: Format, listing: Listing) -> list[Path]:
     for path in paths:
         kind = file_format(path, given) if path.is_file() else None
         rows = saved(path.parent)
+        if gone := [name for name in sorted(rows or ()) if not (path.parent / name).exists()]:
+            raise UserError(f"{path.parent}: {gone[0]} is not there, which state.json names — fetch the whole folder")
         if rows is not None and path.is_file() and path.name not in rows:
             if kind == "arrow":
                 listing.left["Arrow files that are not of the data set beside them (cache-*.arrow of datasets)"] += 1
-        elif kind is None or (kind == "json" and not holds_rows(path)):
+        elif kind is None or (kind == "json" and given == "auto" and not holds_rows(path)):
             if path.name != SPLITS:
                 listing.passed[_ending(path)] += 1
                 listing.passed_bytes += path.stat().st_size

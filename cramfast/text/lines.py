@@ -150,11 +150,14 @@ def _undecodable(path: Path, encoding: str, error: UnicodeError) -> str:
                 line.decode("utf-8")
             except UnicodeDecodeError as found:
                 place = f"{path}:{number}: byte {found.start + 1} of the line is not UTF-8 ({found.reason})"
+                before = line[: found.start].decode("utf-8")
                 line = line[max(found.start - LOOKED_AT // 2, 0) : found.start + LOOKED_AT // 2]
             if wide := marked(head) or wide_encoding(head):
                 return f"{place}; {_advice(path, wide)}"
             if is_binary(head):
                 return f"{place}; it looks like no text at all — leave it out, or unpack or convert it"
+            if sum(not character.isascii() for character in before) > 1:  # one may be so by chance
+                return f"{place}, and the line before it is — mend that place, or take the line out"
             # Other lines alone say which alphabet it is; those that are UTF-8 would mislead.
             others = [other for other in data.read(LOOKED_AT).split(b"\n") if not _is_utf8(other)]
             return f"{place}{_guessed(path, guesses(b''.join([line, *others]), line))}"

@@ -98,7 +98,10 @@ def read_jsonl(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterat
 
 def read_json(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterator[str]:
     """The same of a file that is one JSON array of objects; else one with an object a line, which many name .json."""
-    if not _begins_with(path, encoding, "["):
+    first = next((line.strip() for _, line in read_lines(path, encoding) if line.strip()), "")
+    if first == "{":
+        raise UserError(f"{path}: one object over many lines — write its rows as one array, or an object a line")
+    if not first.startswith("["):
         yield from read_jsonl(path, text_key, encoding, tally)
         return
     parts, size = [], 0
@@ -118,10 +121,6 @@ def read_json(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterato
             yield from row_texts(row, text_key, where, tally)
         else:
             tally.skip(f"{where}: a JSON {type(row).__name__} where an object is expected", "leave it out")
-
-
-def _begins_with(path: Path, encoding: str, mark: str) -> bool:
-    return next((line.lstrip().startswith(mark) for _, line in read_lines(path, encoding) if line.strip()), False)
 
 
 def holds_rows(path: Path) -> bool:

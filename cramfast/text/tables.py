@@ -1,6 +1,6 @@
 """Tables of Apache Arrow: .parquet, .arrow and .feather, never held whole."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -42,11 +42,12 @@ def read_arrow(path: Path, text_key: str, encoding: str, tally: Tally) -> Iterat
         try:
             plain = path.suffix.lower() not in COMPRESSIONS and path.stat().st_size
             source = pyarrow.memory_map(str(path)) if plain else pyarrow.PythonFile(opened, mode="r")
+            row = 0
             for start in _streams(source, path):
                 steps = _steps(_ipc(source, start).schema, text_key, path)
                 column = _ipc(source, start).schema.get_field_index(steps[0])
                 batches = _batches(_ipc(source, start, pyarrow.ipc.IpcReadOptions(included_fields=[column])))
-                yield from _texts(batches, steps, text_key, path, tally)
+                row = yield from _texts(batches, steps, text_key, path, tally, row)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: damaged Arrow file ({error}) — write it again") from None
 
@@ -123,8 +124,10 @@ def _steps(schema: pyarrow.Schema, text_key: str, path: Path) -> list[str]:
     return steps
 
 
-def _texts(batches, steps: list[str], text_key: str, path: Path, tally: Tally) -> Iterator[str]:
-    row = 0
+def _texts(
+    batches, steps: list[str], text_key: str, path: Path, tally: Tally, row: int = 0
+) -> Generator[str, None, int]:
+    """The documents of rows that follow on a number of others; returns how many there are with these."""
     for batch in batches:
         column = batch.column(0)
         for step in steps[1:]:
@@ -140,3 +143,4 @@ def _texts(batches, steps: list[str], text_key: str, path: Path, tally: Tally) -
             if padded and text is not None:
                 text = text.rstrip(b"\0")
             yield from texts_of(text, text_key, f"{path}, row {row}", tally)
+    return row

@@ -146,6 +146,17 @@ def test_unicode_among_files_of_another_encoding_is_refused_by_name(tmp_path, te
     assert len(list(Corpus((str(tmp_path / "b.txt"),), encoding=encoding))) == 1
 
 
+def test_a_place_in_a_line_of_utf_8_is_no_other_encoding(tmp_path):
+    for data in ("日本語".encode()[:-1], "Größe ".encode() + b"caf\xe9"):
+        (tmp_path / "a.txt").write_bytes(data)
+        with pytest.raises(
+            UserError, match=r"a\.txt:1: byte \d+ of .*\), and the line before it is — mend that place, or"
+        ):
+            list(Corpus((str(tmp_path),)))
+    (name, _), *_ = guesses("café".encode("latin-1"), "café".encode("latin-1"))
+    assert name == "latin-1"
+
+
 def test_what_is_no_text_at_all_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\xff")
     with pytest.raises(UserError, match=r"a\.txt:1: byte 1 of .*; it looks like no text at all — leave it out"):

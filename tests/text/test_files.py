@@ -155,6 +155,15 @@ def test_a_saved_data_set_is_its_rows_and_no_cache(tmp_path):
         assert "left out 1 file: Arrow files that are not of the data set beside them (cache-*.arrow" in said
 
 
+def test_a_saved_data_set_without_one_of_its_files_is_refused(tmp_path):
+    saved(tmp_path / "ds", "one")
+    (tmp_path / "ds" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(
+        UserError, match=r"ds: data-00000-of-00001\.arrow is not there, which state\.json names — fetch"
+    ):
+        list_files((f"{tmp_path}/ds",))
+
+
 def test_of_saved_splits_the_one_for_training_is_read(tmp_path):
     for name in ("train", "test", "validation"):
         saved(tmp_path / "ds" / name, f"of {name}")
@@ -241,3 +250,6 @@ def test_brackets_of_a_folder_in_a_pattern(tmp_path):
     ):
         list_files((f"{source}/texts [2024]/*.txt",))
     assert len(find_files((f"{source}/texts [[]2024]/*.txt",))) == 1
+    write(tmp_path, "texts 2/a.txt")
+    (line,) = list_files((f"{source}/texts [2024]/*.txt",)).notes()
+    assert line.startswith("left out 1 file: of names with brackets, which are signs of a pattern — write '")

@@ -195,6 +195,9 @@ def test_arrow_streams_end_to_end_are_read_and_each_has_its_end(tmp_path, ending
     for data in (one + one, packed(one) + packed(one)):
         path.write_bytes(packed(data) if data == one + one else data)
         assert read(path)[0] == DOCUMENTS * 2
+    path.write_bytes(packed(one + stream(pyarrow.table({"text": [b"a", b"caf\xe9"]}))))
+    with pytest.raises(UserError, match="row 5: not UTF-8"):
+        read(path)
     for data, reason in (
         (one[:-8], "cut short: no mark of the end"),  # at the border of a batch
         (one + one[:-8], "cut short: no mark of the end"),
@@ -246,9 +249,11 @@ def test_a_json_file_of_rows_is_read_and_settings_are_passed_over(tmp_path):
     (tmp_path / "more.json").write_text(json.dumps({"a": [1, 2]}, indent=1))
     documents, corpus = read(tmp_path)
     assert documents == DOCUMENTS * 3 and "passed over 2 files" in corpus.notes()[0]
+    assert read(tmp_path / "a.json", format="jsonl")[0] == DOCUMENTS
     for text, said in (
         ('[{"text": 1}]', r", row 1: 'text' is a int"),
         ("[1]", ", row 1: a JSON int where an object"),
+        ('{\n"text": "a"\n}', ": one object over many lines — write its rows as one array, or an object a line"),
         ('[{"text": "a"}', r": not JSON \(.*\) — it should be one array of objects, or hold one a line"),
     ):
         (tmp_path / "a.json").write_text(text)
