@@ -42,13 +42,13 @@ def archived(files: Iterable[Path]) -> dict[Path, Path]:
     return found
 
 
-def equal(files: Iterable[Path]) -> list[tuple[Path, Path]]:
-    """(file, an earlier one) with the same bytes."""
-    sizes: dict[int, list[Path]] = defaultdict(list)
-    for path in files:
-        sizes[path.stat().st_size].append(path)
+def equal(sizes: dict[Path, int]) -> list[tuple[Path, Path]]:
+    """(file, an earlier one) with the same bytes, of files with their sizes."""
+    of_size: dict[int, list[Path]] = defaultdict(list)
+    for path, size in sizes.items():
+        of_size[size].append(path)
     found = []
-    for size, same in sizes.items():
+    for size, same in of_size.items():
         first: dict[bytes, Path] = {}
         for path in same if size and len(same) > 1 else ():
             earlier = first.setdefault(_digest_of(path), path)

@@ -62,9 +62,13 @@ class Corpus:
         Raises:
             UserError: missing, damaged or undecodable input, named with file and line.
         """
-        listing, tally = list_files(self.sources, self.format), Tally(self.skip_malformed)
+        if self.read:  # a later reading is of the same files
+            listing = self.read[0]
+        else:
+            listing = list_files(self.sources, self.format)
+            listing.leave_copies()
+        tally = Tally(self.skip_malformed)
         self.read[:] = listing, tally
-        listing.leave_copies()
         for source in dict.fromkeys(self.sources):
             if is_hub(source):
                 yield from read_dataset(source, self.text_key, tally)
@@ -108,7 +112,9 @@ def _split_text(path: Path, documents: Documents, encoding: str, tally: Tally) -
             if line != whole:
                 tally.note("padding", str(path), len(whole) - len(line))
         if not ends and documents != "files":
-            separators.update({mark: count for mark in SEPARATORS if (count := line.count(mark))})
+            for mark in SEPARATORS:
+                if mark in line:
+                    separators[mark] += line.count(mark)
         characters += len(line)
         ends += line.endswith("\n")
         if documents == "blocks" and line.isspace():

@@ -78,6 +78,7 @@ def supported() -> str:
 class Listing:
     """Attributes:
     files: of each source, sorted by path; each file once over all sources.
+    sizes: of these files, in bytes.
     passed: [files, bytes] that are no text by their names, by ending.
     hidden: names left out.
     twice: files that were reached again.
@@ -88,6 +89,7 @@ class Listing:
     """
 
     files: dict[str, list[Path]] = field(default_factory=dict)
+    sizes: dict[Path, int] = field(default_factory=dict)
     passed: Counter[str] = field(default_factory=Counter)
     passed_bytes: int = 0
     read_bytes: int = 0
@@ -124,7 +126,7 @@ class Listing:
         self.archives = archived(self.all())
         for source, files in self.files.items():
             self.files[source] = [path for path in files if path not in self.archives]
-        self.same = equal(self.all())
+        self.same = equal({path: size for path, size in self.sizes.items() if path not in self.archives})
 
     def notes(self) -> list[str]:
         """One line for each kind of file that was not read."""
@@ -214,6 +216,7 @@ def _new(files: list[Path], listing: Listing, seen: set[tuple[int, int]]) -> Ite
             continue
         seen.add(identity)
         listing.read_bytes += status.st_size
+        listing.sizes[path] = status.st_size
         yield path
 
 
@@ -283,11 +286,10 @@ def _known(paths: list[Path], given: Format, listing: Listing) -> list[Path]:
     """Those that can be read; the others are counted."""
     known, saved = [], cache(data_files)
     for path in paths:
-        kind = file_format(path, given) if path.is_file() else None
+        file = path.is_file()
+        kind = file_format(path, given) if file else None
         rows = saved(path.parent)
-        if gone := [name for name in sorted(rows or ()) if not (path.parent / name).exists()]:
-            raise UserError(f"{path.parent}: {gone[0]} is not there, which state.json names — fetch the whole folder")
-        if rows is not None and path.is_file() and path.name not in rows:
+        if rows is not None and file and path.name not in rows:
             if kind == "arrow":
                 listing.left["Arrow files that are not of the data set beside them (cache-*.arrow of datasets)"] += 1
         elif kind is None or (kind == "json" and given == "auto" and not holds_rows(path)):

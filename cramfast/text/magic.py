@@ -30,6 +30,7 @@ KINDS = (
     (b"Obj\x01", "an Avro file", "write it as .parquet"),
     (b"ORC", "an ORC file", "write it as .parquet"),
 )
+MAGICS = tuple(magic for magic, _, _ in KINDS)
 OWN = {"parquet": b"PAR1", "arrow": b"ARROW1"}
 SHORT = 4  # bytes
 LONGEST_LINE = 1 << 24  # bytes
@@ -50,7 +51,7 @@ def check_magic(path: Path, kind: str, given: bool, tally: Tally) -> bool:
         head = file.read(HEAD).removeprefix(codecs.BOM_UTF8)
     if head[TAR_AT:].startswith(TAR):
         raise UserError(f"{path}: a tar archive — unpack it")
-    for magic, what, remedy in KINDS:
+    for magic, what, remedy in KINDS if head.startswith(MAGICS) else ():
         # A text may begin with the letters of a short one, but has no control characters.
         if head.startswith(magic) and OWN.get(kind) != magic and (len(magic) > SHORT or not _is_text(head)):
             again = what.startswith("compressed") and path.suffix.lower() in COMPRESSIONS

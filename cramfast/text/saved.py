@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from cramfast.errors import UserError
+
 STATE = "state.json"  # beside the files of one split, which it names
 SPLITS = "dataset_dict.json"  # beside the folders of several
 TRAIN = "train"
@@ -13,12 +15,19 @@ TRAIN = "train"
 
 def data_files(folder: Path) -> set[str] | None:
     """The names of the files that hold a split's rows; others there are what map() and filter() left (cache-*.arrow).
-    None for any other folder."""
+    None for any other folder.
+
+    Raises:
+        UserError: one of them is missing.
+    """
     state = _json(folder / STATE)
     files = state.get("_data_files") if isinstance(state, dict) else None
     if not isinstance(files, list):
         return None
-    return {str(file.get("filename")) for file in files if isinstance(file, dict)}
+    names = {str(file.get("filename")) for file in files if isinstance(file, dict)}
+    if gone := sorted(name for name in names if not (folder / name).exists()):
+        raise UserError(f"{folder}: {gone[0]} is not there, which {STATE} names — fetch the whole folder")
+    return names
 
 
 def splits(folder: Path) -> list[str]:
