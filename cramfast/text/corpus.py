@@ -1,6 +1,5 @@
 """Text in: files, folders, globs and Hugging Face datasets as one stream of documents, one at a time in memory."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,7 +30,6 @@ READERS: dict[str, Callable[[Path, str, str, Tally], Iterator[str]]] = {
     "wikiextractor": read_wikiextractor,
     "fasta": read_fasta,
 }
-PADDING = re.compile("\0{2,}")
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,6 @@ def _split_text(path: Path, documents: Documents, encoding: str, tally: Tally) -
     size = characters = 0
     blank, ends, separators = documents != "blocks", 0, Counter[str]()
     for _, line in read_lines(path, encoding, tally):
-        if "\0" in line:  # of a file that was larger than what was written to it
-            whole, line = line, PADDING.sub("", line)
-            if line != whole:
-                tally.note("padding", str(path), len(whole) - len(line))
         if not ends and documents != "files":
             for mark in SEPARATORS:
                 if mark in line:

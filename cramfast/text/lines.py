@@ -2,6 +2,8 @@
 
 import codecs
 import io
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from cramfast.text.tally import Tally
 # cut here (between lines where it has lines), far above any sequence length, so that memory stays bounded.
 LONGEST_PIECE = 1 << 20
 READ_AT_ONCE = 1 << 18  # characters: a thread that reads by the line would wait for the interpreter as often
+PADDING = re.compile("\0{2,}")  # of a file that was larger than what was written to it
 EASTERN_CHARACTERS = 8  # from which pairs of bytes are hardly UTF-8 by chance
 ICONV = {  # names of iconv's own
     "latin-1": "ISO-8859-1",
@@ -65,6 +68,9 @@ def read_lines(
                 while more := text.read(READ_AT_ONCE):
                     if "\0" in more and name == "utf-8-sig" and (wide := wide_encoding(more.encode(errors=errors))):
                         raise UserError(f"{path}: {_advice(path, wide)}")
+                    if tally is not None and "\0\0" in more:
+                        whole, more = more, PADDING.sub("", more)
+                        tally.note("padding", str(path), len(whole) - len(more))
                     if name == "utf-8-sig" and more.isascii() and (seven := seven_bit_encoding(more)):
                         raise UserError(f"{path}: {_advice(path, seven)}")
                     if first:
@@ -186,7 +192,7 @@ def _refuse_unicode(path: Path, encoding: str) -> None:
         while more := data.read(LOOKED_AT):
             if not head:
                 head = more
-                found = None if wide else marked(head) or wide_encoding(head)
+                found = _other_order(head, encoding) if wide else marked(head) or wide_encoding(head)
             try:
                 text = decoder.decode(more)
             except UnicodeDecodeError:
@@ -201,11 +207,20 @@ def _refuse_unicode(path: Path, encoding: str) -> None:
                 pass
             else:
                 found = "utf-8" if foreign >= (EASTERN_CHARACTERS if east else 1) else None
-    if found and not (wide and marked(head)):
+    if found:
         raise UserError(
             f"{path}: it is {found}, and would be another text in {encoding} — leave --encoding out and convert the "
             f"files that are not UTF-8 with iconv, or prepare the two apart"
         )
+
+
+def _other_order(head: bytes, encoding: str) -> str | None:
+    """The wide encoding of a text that begins so, where it is not this one: of other width or order of bytes."""
+    given = encoding if encoding.endswith(("le", "be")) else f"{encoding}-{sys.byteorder[0]}e"
+    if mark := marked(head):
+        return None if encoding == mark or head.startswith("\ufeff".encode(given)) else mark
+    actual = wide_encoding(head)
+    return actual if actual != given else None
 
 
 def _guessed(path: Path, found: list[tuple[str, str]]) -> str:

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -32,6 +33,7 @@ KINDS = (
 )
 MAGICS = tuple(magic for magic, _, _ in KINDS)
 OWN = {"parquet": b"PAR1", "arrow": b"ARROW1"}
+ARRAY = re.compile(rb'\s*\[\s*\{\s*"')
 SHORT = 4  # bytes
 LONGEST_LINE = 1 << 24  # bytes
 
@@ -56,6 +58,10 @@ def check_magic(path: Path, kind: str, given: bool, tally: Tally) -> bool:
         if head.startswith(magic) and OWN.get(kind) != magic and (len(magic) > SHORT or not _is_text(head)):
             again = what.startswith("compressed") and path.suffix.lower() in COMPRESSIONS
             raise UserError(f"{path}: {what}, whatever its name says — {'unpack it once more' if again else remedy}")
+    if kind == "text" and not given and ARRAY.match(head):
+        raise UserError(
+            f"{path}: it begins as a JSON array of objects — name it .json, or --format text reads it as it stands"
+        )
     if kind == "text" and not given and head.lstrip().startswith(b"{"):
         with readable(path), open_bytes(path) as file:
             lines = [line for line in islice(iter(lambda: file.readline(LONGEST_LINE), b""), 100) if line.strip()]

@@ -131,7 +131,8 @@ def test_what_cannot_be_guessed_is_not():
     [
         ("Größe\n", "utf-8", "cp1250"), ("Größe\n", "utf-16", "latin-1"), ("Plain\n" * 9, "utf-16-le", "latin-1"),
         ("words\n" * 20_000 + "Größe", "utf-8", "cp1252"), ("P", "utf-8-sig", "latin-1"), ("text", "utf-8", "utf-16"),
-        ("日本語の文章です。", "utf-8", "shift_jis"),
+        ("日本語の文章です。", "utf-8", "shift_jis"), ("plain text\n", "utf-16-be", "utf-16-le"),
+        ("plain text\n", "utf-32-be", "utf-16-le"), ("plain text\n", "utf-16-le", "utf-16-be"),
     ],
 )  # fmt: skip
 def test_unicode_among_files_of_another_encoding_is_refused_by_name(tmp_path, text, written, encoding, packed):

@@ -75,6 +75,11 @@ def archive(out):
             ROW,
             r"its lines are JSON objects — name it \.jsonl, or --format jsonl reads .*; --format text reads",
         ),
+        (
+            "a.txt",
+            b"[\n" + ROW + b"]",
+            r"it begins as a JSON array of objects — name it \.json, or --format text reads",
+        ),
         ("a.txt.xz", lzma.compress(b"\n" + ROW * 3), "its lines are JSON objects"),
     ],
 )
@@ -114,6 +119,10 @@ def test_nuls_that_fill_up_a_file_are_no_text(tmp_path, zeros):
     path.write_bytes(b"some words\n\nmore\n" + bytes(zeros))
     said = f"{zeros:,} NULs that fill up files are no text and left out, the first in {path}"
     assert read(path) == (["some words", "more"], [said])
+    (tmp_path / "b.csv").write_bytes(b"id,text\n1,one\n2,two" + bytes(zeros))
+    (tmp_path / "c.jsonl").write_bytes(ROW + bytes(zeros))
+    for name, documents in (("b.csv", ["one", "two"]), ("c.jsonl", ["words"])):
+        assert read(tmp_path / name) == (documents, [said.replace("a.txt", name)])
     for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
         assert wide_encoding("aĀ b\n".encode(encoding) * 9) == encoding
 
