@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,47 @@ def test_architectures_that_are_asked_for(tmp_path, name, wish, names):
     assert chosen(tmp_path, **{name: wish})[1] == names
 
 
+def test_each_configuration_of_a_folder_builds_for_what_it_is_asked_for(tmp_path):
+    """A made-up compiler cannot pass CMake's own checks, so enable_language does here what it does to the cache."""
+    cmake = shutil.which("cmake") or pytest.skip("needs cmake: pip install cmake")
+    path = programs(tmp_path / "bin", nvcc=NVCC.format(known="75 80 86"))
+    (tmp_path / "CMakeLists.txt").write_text(
+        f"""cmake_minimum_required(VERSION 3.24)
+project(made_up LANGUAGES NONE)
+include("{ROOT}/csrc/cuda.cmake")
+macro(enable_language language)
+  set(CMAKE_CUDA_ARCHITECTURES "${{CMAKE_CUDA_ARCHITECTURES}}" CACHE STRING "CUDA architectures")
+endmacro()
+cramfast_enable_cuda("{path}/nvcc")
+message(STATUS "built for ${{CMAKE_CUDA_ARCHITECTURES}}")
+"""
+    )
+
+    def built_for(*words, **wishes) -> str:
+        command = [cmake, "-S", tmp_path, "-B", tmp_path / "build", "-G", "Ninja", *words]
+        answer = subprocess.run(command, env=os.environ | wishes, capture_output=True, text=True)
+        return re.search(r"built for (.*)", answer.stdout)[1]
+
+    assert built_for(CUDAARCHS="80") == "80"
+    assert built_for(CUDAARCHS="75-real") == "75-real"
+    assert built_for(TORCH_CUDA_ARCH_LIST="8.6") == "86-real"
+    assert built_for() == "75-real;80-real;86"
+    assert built_for("-DCMAKE_CUDA_ARCHITECTURES=75", CUDAARCHS="80") == "75"
+    assert built_for(CUDAARCHS="80") == "75", "a -D stays in a build folder, as CMake has it"
+
+
+def test_a_build_without_cuda_says_why(tmp_path):
+    """Where -DCRAMFAST_CUDA=OFF stands alone too: the doctor shows the reason behind "not built: "."""
+    cmake, _ = shutil.which("cmake") or pytest.skip("needs cmake"), shutil.which("g++") or pytest.skip("needs g++")
+    pybind11 = pytest.importorskip("pybind11")
+    words = ["-DCRAMFAST_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}", "-DPYBIND11_FINDPYTHON=ON"]
+    words += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-G", "Ninja"]
+    for more, reason in (((), "it was built with CRAMFAST_CUDA=OFF"), (("-DCRAMFAST_CUDA_MISSING=why",), "why")):
+        answer = subprocess.run([cmake, "-S", ROOT, "-B", tmp_path, *words, *more], capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        assert f'CRAMFAST_CUDA_MISSING R"reason({reason})reason"' in (tmp_path / "build_info.h").read_text()
+
+
 def test_what_the_kernels_cannot_do_is_left_out_with_a_line(tmp_path):
     _, names, said = chosen(tmp_path, known="70 75 86", TORCH_CUDA_ARCH_LIST="7.0;8.6")
     assert names == "sm_86" and "cramfast: sm_70 is left out: the kernels need sm_75 or later" in said
@@ -254,15 +296,32 @@ def test_a_compiler_that_cannot_compile_is_named_with_its_own_words(tmp_path):
     assert f"cramfast: {path}/nvcc does not compile: #error -- unsupported GNU version! (CUDAHOSTCXX names" in said
 
 
+FIND = f"""cmake_minimum_required(VERSION 3.24)
+include("{ROOT}/csrc/cuda.cmake")
+cramfast_find_nvcc(nvcc)
+message("${{nvcc}}")
+"""
+
+
+def test_path_alone_says_where_the_compiler_is_without_a_home(tmp_path, monkeypatch):
+    """Not /bin before it, which is what is left of "HOME/bin" without a home."""
+    from cramfast.kernels import cuda_build
+
+    cmake = shutil.which("cmake") or pytest.skip("needs cmake: pip install cmake")
+    path = programs(tmp_path / "bin", sh="#!/bin/false\n")  # a name that /bin has too
+    (tmp_path / "find.cmake").write_text(FIND)
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("CUDACXX", "sh")
+    found = subprocess.run([cmake, "-P", tmp_path / "find.cmake"], capture_output=True, text=True).stderr.strip()
+    assert found == cuda_build.nvcc() == f"{path}/sh"
+
+
 def test_the_compiler_is_found_where_the_doctor_looks(tmp_path, monkeypatch):
     from cramfast.kernels import cuda_build
 
     def find() -> tuple[str, str]:
         script = tmp_path / "find.cmake"
-        script.write_text(
-            f'cmake_minimum_required(VERSION 3.24)\ninclude("{ROOT}/csrc/cuda.cmake")\n'
-            'cramfast_find_nvcc(nvcc)\nmessage("${nvcc}")\n'
-        )
+        script.write_text(FIND)
         return subprocess.run([cmake, "-P", script], capture_output=True, text=True).stderr.strip(), cuda_build.nvcc()
 
     cmake = shutil.which("cmake") or pytest.skip("needs cmake: pip install cmake")
