@@ -30,6 +30,7 @@ from cramfast.export import export
 from cramfast.hf.check import quiet_transformers
 from cramfast.recipes import choose_dtype
 from cramfast.runtime.allocator import keep_freed_memory
+from cramfast.text.tally import Tally
 
 SYSTEMS = ("cramfast", "transformers")
 
@@ -114,7 +115,7 @@ def padded(rows: list[np.ndarray]) -> dict[str, torch.Tensor]:
 def measure(task: Task, folder: Path, options: Options, protocol: Protocol, dtype: torch.dtype) -> list[dict]:
     """One row for each system: seconds and scores of every seed."""
     model = checkpoints.load(folder)
-    job = glue.prepare_job(model, task, options.data, protocol, False)
+    job = glue.prepare_job(model, task, options.data, protocol, Tally())
     train, dev = job.train, job.dev[dev_name(task, task.dev[0])]
     if options.limit:
         train = Encoded(train.ids[: options.limit], train.labels[: options.limit])

@@ -12,6 +12,7 @@ from cramfast.errors import UserError
 from cramfast.evaluate.tasks import Split, Task
 from cramfast.text.compressed import COMPRESSIONS
 from cramfast.text.lines import LONGEST_PIECE, read_lines
+from cramfast.text.tally import Tally
 
 Row = TypeVar("Row")
 HUB = "hf:"  # before the name of a dataset, where a folder could stand
@@ -127,24 +128,23 @@ def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield number, line.removesuffix("\n").removesuffix("\r").split("\t")
 
 
-def read_tsv(path: Path, rows: Iterator[tuple[int, list[str]]], columns: Columns, skip_malformed: bool) -> Examples:
+def read_tsv(path: Path, rows: Iterator[tuple[int, list[str]]], columns: Columns, tally: Tally) -> Examples:
     """The examples in what is left of a file's rows.
 
     Args:
         path: for messages.
         rows: from `read_rows`, the header taken off.
-        skip_malformed: count rows that cannot be used instead of refusing them.
+        tally: counts the rows that cannot be used, and refuses one more than may be left out.
 
     Raises:
         UserError: a row with missing cells, without text or with an unknown label, named by file and line; no rows.
     """
     placed = ((f"{path}:{number}", cells) for number, cells in rows)
-    return _collected(str(path), placed, lambda cells: _example(cells, columns), skip_malformed)
+    return _collected(str(path), placed, lambda cells: _example(cells, columns), tally)
 
 
 def _collected(
-    source: str, rows: Iterable[tuple[str, Row]], read: Callable[[Row], tuple[tuple[str, ...], float]],
-    skip_malformed: bool,
+    source: str, rows: Iterable[tuple[str, Row]], read: Callable[[Row], tuple[tuple[str, ...], float]], tally: Tally
 ) -> Examples:  # fmt: skip
     """The examples in (place, row) pairs.
 
@@ -153,22 +153,20 @@ def _collected(
         read: (texts, label) of a row; a ValueError says why it is none.
 
     Raises:
-        UserError: a row that is none, named by its place, unless those are skipped; no examples.
+        UserError: a row that is none, named by its place, and the tally leaves out no more; no examples.
     """
-    texts, labels, left_out = [], [], 0
+    texts, labels, before = [], [], tally.malformed
     for place, row in rows:
         try:
             text, label = read(row)
         except ValueError as error:
-            if not skip_malformed:
-                raise UserError(f"{place}: {error} — mend the row, or use --skip-malformed") from None
-            left_out += 1
+            tally.skip(f"{place}: {error}", "mend the row")
             continue
         texts.append(text)
         labels.append(label)
     if not texts:
         raise UserError(f"{source}: holds no examples — fetch it again")
-    return Examples(texts, labels, left_out)
+    return Examples(texts, labels, tally.malformed - before)
 
 
 def _example(cells: list[str], columns: Columns) -> tuple[tuple[str, ...], float]:
@@ -202,43 +200,44 @@ def column_of(path: Path, header: list[str], name: str) -> int:
     return header.index(name)
 
 
-def read_glue(path: Path, task: Task, skip_malformed: bool = False) -> Examples:
-    """One file of a GLUE task in its original layout.
+def read_glue(path: Path, task: Task, tally: Tally | None = None) -> Examples:
+    """One file of a GLUE task in its original layout; without a tally no row may be left out.
 
     Raises:
         UserError: as `read_tsv`, or a header without the task's columns.
     """
-    rows = read_rows(path)
+    rows, tally = read_rows(path), tally or Tally()
     if not task.header:
         columns = Columns(4, task.texts, task.label, label_reader(task))  # CoLA: source, label, mark, sentence
-        return read_tsv(path, rows, columns, skip_malformed)
+        return read_tsv(path, rows, columns, tally)
     header = next(rows, (1, [""]))[1]
     texts = tuple(column_of(path, header, name) for name in task.texts)
     label = column_of(path, header, task.label)
     columns = Columns(len(header), texts, label, label_reader(task), task.may_lack_one)
-    return read_tsv(path, rows, columns, skip_malformed)
+    return read_tsv(path, rows, columns, tally)
 
 
-def load_glue(task: Task, data: Path | str, skip_malformed: bool) -> tuple[Examples, list[Examples]]:
+def load_glue(task: Task, data: Path | str, tally: Tally) -> tuple[Examples, list[Examples]]:
     """The training set and every development set of a task.
 
     Args:
         data: a folder in the original layout, or hf:NAME for what the `datasets` package finds under that name.
+        tally: as in `read_tsv`, one for all that a command reads.
 
     Raises:
         UserError: something is missing or malformed.
     """
     if str(data).startswith(HUB):
         name = str(data).removeprefix(HUB)
-        train = from_datasets(name, task, "train", skip_malformed)
-        return train, [from_datasets(name, task, split.hf_split, skip_malformed) for split in task.dev]
+        train = from_datasets(name, task, "train", tally)
+        return train, [from_datasets(name, task, split.hf_split, tally) for split in task.dev]
     folder = Path(data)
-    train = read_glue(find_file(folder / task.folder / "train"), task, skip_malformed)
+    train = read_glue(find_file(folder / task.folder / "train"), task, tally)
     dev_folder = folder / (task.dev_folder or task.folder)
-    return train, [read_glue(find_file(dev_folder / split.file), task, skip_malformed) for split in task.dev]
+    return train, [read_glue(find_file(dev_folder / split.file), task, tally) for split in task.dev]
 
 
-def from_datasets(name: str, task: Task, split: str, skip_malformed: bool = False) -> Examples:
+def from_datasets(name: str, task: Task, split: str, tally: Tally) -> Examples:
     """One split of a dataset with the columns of nyu-mll/glue.
 
     Args:
@@ -269,7 +268,7 @@ def from_datasets(name: str, task: Task, split: str, skip_malformed: bool = Fals
             f"{where}: labels {', '.join(names)}, not {', '.join(task.hf_classes or task.classes)} — is it GLUE?"
         )
     placed = ((f"{where}, row {number}", row) for number, row in enumerate(rows))
-    return _collected(where, placed, lambda row: _hub_example(row, task), skip_malformed)
+    return _collected(where, placed, lambda row: _hub_example(row, task), tally)
 
 
 def _hub_example(row: dict, task: Task) -> tuple[tuple[str, ...], float]:

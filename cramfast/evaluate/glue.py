@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cramfast.config import require
-from cramfast.errors import UserError
+from cramfast.errors import UserError, note
 from cramfast.evaluate import jobs, results
 from cramfast.evaluate.checkpoints import Checkpoint, load
 from cramfast.evaluate.examples import dev_name, is_official, load_glue
@@ -17,6 +17,7 @@ from cramfast.evaluate.jobs import COLUMNS, Job, make_job, table_rows
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.tasks import NUMBERS, TASKS, Task, find_task
 from cramfast.pages.scoretable import ScoreTable
+from cramfast.text.tally import Tally
 
 FROM_MNLI = ("rte", "mrpc", "sts-b")  # small tasks that the second protocol starts from the weights tuned on MNLI
 ANALYSED = "cola"  # its predictions are kept for cramfast.evaluate cola
@@ -49,13 +50,13 @@ def glue_table(model: Checkpoint, name: str, stored: dict[str, dict], protocol: 
     return ScoreTable(f"GLUE, protocol {name}: {model.name}", COLUMNS, rows, notes)
 
 
-def prepare_job(model: Checkpoint, task: Task, data: str, protocol: Protocol, skip_malformed: bool) -> Job:
-    """Read and tokenize a task.
+def prepare_job(model: Checkpoint, task: Task, data: str, protocol: Protocol, tally: Tally) -> Job:
+    """Read and tokenize a task; the tally counts malformed rows.
 
     Raises:
         UserError: a file is missing, or one of its rows is not as it should be.
     """
-    train, dev = load_glue(task, data, skip_malformed)
+    train, dev = load_glue(task, data, tally)
     remark = ""
     if not is_official(task, train, dev):
         parts = ", ".join(f"{len(part.labels):,}" for part in (train, *dev))
@@ -94,8 +95,8 @@ class Arguments:
     Cut off, mnli-start never goes on: the same command starts from the first fit."""
     seeds: int = 5
     """Fits of each task, with seeds 0, 1, ..."""
-    skip_malformed: bool = False
-    """Leave out rows that cannot be used, and count them, instead of stopping (the official QQP has some)."""
+    skip_malformed: int = 0
+    """Rows that may be left out where they cannot be used, of all tasks together; one more is an error."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=lambda: Machine(dtype="auto"))
     out: Path | None = None
     """JSON to write; by default evaluations/glue-PROTOCOL.json in the run folder, or for a Hugging Face folder
@@ -108,6 +109,7 @@ class Arguments:
             UserError: bad data or model.
         """
         require(self.seeds >= 1, f"seeds={self.seeds}", "use 1 or more")
+        require(self.skip_malformed >= 0, f"skip_malformed={self.skip_malformed}", "use 0 or more")
         require(len(self.tasks) > 0, "no --tasks", f"name some of {', '.join(TASKS)}")
         tasks = [find_task(name) for name in dict.fromkeys(self.tasks)]
         if self.protocol == "mnli-start" and not any(task.name.startswith("mnli") for task in tasks):
@@ -115,7 +117,10 @@ class Arguments:
         tasks.sort(key=lambda task: not task.name.startswith("mnli"))  # others may start from it
         model = load(self.model)
         protocol = Protocol().at(model.encoder.config.max_len)
-        prepared = [prepare_job(model, task, self.data, protocol, self.skip_malformed) for task in tasks]
+        tally = Tally(self.skip_malformed)
+        prepared = [prepare_job(model, task, self.data, protocol, tally) for task in tasks]
+        for line in tally.notes():
+            note(line)
         if self.protocol == "mnli-start":
             prepared = [_marked(job, prepared[0]) for job in prepared]
         for job in prepared:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cramfast.config import require
-from cramfast.errors import UserError
+from cramfast.errors import UserError, note
 from cramfast.evaluate import jobs, results
 from cramfast.evaluate.checkpoints import load
 from cramfast.evaluate.examples import (
@@ -24,6 +24,7 @@ from cramfast.evaluate.finetune import Protocol
 from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.scores import REGRESSION
 from cramfast.pages.scoretable import ScoreTable
+from cramfast.text.tally import Tally
 
 
 def find_columns(path: Path, header: list[str], text: tuple[str, ...], label: str) -> tuple[tuple[int, ...], int]:
@@ -65,9 +66,9 @@ def find_classes(path: Path, label: int) -> tuple[str, ...]:
 
 
 def read_pair(
-    train: Path, dev: Path, text: tuple[str, ...], label: str, regression: bool, skip_malformed: bool
+    train: Path, dev: Path, text: tuple[str, ...], label: str, regression: bool, tally: Tally
 ) -> tuple[Examples, Examples, tuple[str, ...]]:
-    """(training set, development set, classes); a label that the training file lacks is refused.
+    """(training set, development set, classes); a row whose label the training file lacks is malformed.
 
     Raises:
         UserError: named by file and line.
@@ -83,7 +84,7 @@ def read_pair(
         if not regression and not classes:
             classes = find_classes(path, place)
         reader = number_reader() if regression else class_reader(classes)
-        found.append(read_tsv(path, rows, Columns(len(header), texts, place, reader), skip_malformed))
+        found.append(read_tsv(path, rows, Columns(len(header), texts, place, reader), tally))
     if len(found[0].texts[0]) != len(found[1].texts[0]):
         raise UserError(f"{dev}:1: another number of text columns than {train} — name them with --text")
     return found[0], found[1], classes
@@ -121,8 +122,8 @@ class Arguments:
     seeds: int = 3
     """Fits, with seeds 0, 1, ..."""
     protocol: Annotated[Protocol, tyro.conf.arg(name="")] = field(default_factory=Protocol)
-    skip_malformed: bool = False
-    """Leave out rows that cannot be used, and count them, instead of stopping."""
+    skip_malformed: int = 0
+    """Rows that may be left out where they cannot be used, of both files together; one more is an error."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=lambda: Machine(dtype="auto"))
     out: Path | None = None
     """JSON to write; by default evaluations/task-NAME.json in the run folder, or for a Hugging Face folder
@@ -135,10 +136,13 @@ class Arguments:
             UserError: bad data or model.
         """
         require(self.seeds >= 1, f"seeds={self.seeds}", "use 1 or more")
+        require(self.skip_malformed >= 0, f"skip_malformed={self.skip_malformed}", "use 0 or more")
         name = default_name(self.task_file[0]) if self.name is None else self.name
         require(name != "" and "/" not in name, f"name={name!r}", "use a --name without slashes")
-        regression = self.metric in REGRESSION
-        train, dev, classes = read_pair(*self.task_file, self.text, self.label, regression, self.skip_malformed)
+        regression, tally = self.metric in REGRESSION, Tally(self.skip_malformed)
+        train, dev, classes = read_pair(*self.task_file, self.text, self.label, regression, tally)
+        for line in tally.notes():
+            note(line)
         model = load(self.model)
         path = results.path_of(model, f"task-{name}", self.out)
         protocol = self.protocol.at(model.encoder.config.max_len)

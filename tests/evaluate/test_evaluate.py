@@ -15,6 +15,7 @@ from cramfast.evaluate import blimp, checkpoints, masked, owntask, perplexity
 from cramfast.export import export
 from cramfast.session import checkpoint
 from cramfast.session.record import read_record
+from cramfast.text.tally import Tally
 from cramfast.text.tokenizer import for_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -355,18 +356,18 @@ def test_own_task(tmp_path, run, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"max_len=129 is not possible — use 128 or less"):
         command(monkeypatch, capsys, *words, "--metric", "f1", "--max-len", 129)
     with pytest.raises(UserError, match=r"mood\.tsv:1: no column 'label'"):
-        owntask.read_pair(train, dev, (), "label", False, False)
+        owntask.read_pair(train, dev, (), "label", False, Tally())
     with pytest.raises(UserError, match=r"mood\.tsv:2: label 'calm' is no number"):
-        owntask.read_pair(train, dev, (), "mood", True, False)
+        owntask.read_pair(train, dev, (), "mood", True, Tally())
     dev.write_text("first\tmood\na text\tangry\n")
     with pytest.raises(UserError, match=r"dev\.tsv:2: label 'angry' is none of calm, wild"):
-        owntask.read_pair(train, dev, (), "mood", False, False)
+        owntask.read_pair(train, dev, (), "mood", False, Tally())
     train.write_text("a\tb\tc\tmood\nx\ty\tz\tcalm\n")
     with pytest.raises(UserError, match="3 columns beside the label"):
-        owntask.read_pair(train, dev, (), "mood", False, False)
+        owntask.read_pair(train, dev, (), "mood", False, Tally())
     train.write_text("first\tmood\n" + "".join(f"x\t{i / 7}\n" for i in range(20)))
     with pytest.raises(UserError, match="use --metric pearson"):
-        owntask.read_pair(train, dev, (), "mood", False, False)
+        owntask.read_pair(train, dev, (), "mood", False, Tally())
 
 
 def test_cola_says_what_it_needs(tmp_path, run, monkeypatch, capsys):

@@ -1,16 +1,20 @@
 """The rows of GLUE, BLiMP and scores, without a model: layouts, faults named by line, what counts as official."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tyro
 
 from cramfast.errors import UserError
 from cramfast.evaluate import blimp, cola, examples, glue, owntask, scores
+from cramfast.evaluate.__main__ import COMMANDS
 from cramfast.evaluate.finetune import Protocol
 from cramfast.evaluate.tasks import NUMBERS, TASKS, find_task
 from cramfast.hf.modelcard import with_scores
 from cramfast.pages.scoretable import ScoreTable
+from cramfast.text.tally import Tally
 
 DATA = Path(os.environ.get("CRAMFAST_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no such folder: {DATA} (CRAMFAST_TEST_DATA names it)")
@@ -49,12 +53,12 @@ def test_rows_that_are_refused(tmp_path, name, row, message):
     path.write_text(ROWS[name] + row + "\n")
     with pytest.raises(UserError, match=message):
         examples.read_glue(path, TASKS[name])
-    assert examples.read_glue(path, TASKS[name], skip_malformed=True).left_out == 1
+    assert examples.read_glue(path, TASKS[name], Tally(1)).left_out == 1
 
 
 def test_files_that_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"train\.tsv: no such file"):
-        examples.load_glue(TASKS["rte"], tmp_path, False)
+        examples.load_glue(TASKS["rte"], tmp_path, Tally())
     path = tmp_path / "train.tsv"
     path.write_text("index\tsentence1\tlabel\n")
     with pytest.raises(UserError, match=r"train\.tsv:1: no column 'sentence2'"):
@@ -64,21 +68,44 @@ def test_files_that_are_refused(tmp_path):
         examples.read_glue(path, TASKS["rte"])
 
 
+def test_as_many_rows_are_left_out_as_a_command_may(tmp_path):
+    """Of all its files together, as in cramfast.prepare."""
+    train, dev = "text\tmood\na\tpos\nb\tneg\nc\n", "text\tmood\na\tneg\nb\n"
+    for most in (0, 1):
+        with pytest.raises(UserError, match=r"(train\.tsv:4|dev\.tsv:3): 1 columns where 2 .* — mend the row; --skip-"):
+            own_pair(tmp_path, train, dev, skip=most)
+    found, other, _ = own_pair(tmp_path, train, dev, skip=2)
+    assert (found.left_out, other.left_out) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["glue", "task"])
+def test_the_rows_that_may_be_left_out_are_a_number(name, capsys):
+    words = ["model", "--skip-malformed", "3"]
+    words += ["--task-file", "a.tsv", "b.tsv", "--metric", "f1"] if name == "task" else ["--tasks", "rte"]
+    arguments = tyro.cli(COMMANDS[name], args=words)
+    assert arguments.skip_malformed == 3
+    with pytest.raises(UserError, match="skip_malformed=-1 is not possible"):
+        replace(arguments, skip_malformed=-1).run(None)
+    with pytest.raises(SystemExit):
+        tyro.cli(COMMANDS[name], args=[word for word in words if word != "3"])
+    assert "--skip-malformed" in capsys.readouterr().err
+
+
 def test_a_pair_needs_both_its_texts_but_where_the_official_data_lack_one(tmp_path):
     rte, qqp = tmp_path / "rte.tsv", tmp_path / "qqp.tsv"
     rte.write_text("index\tsentence1\tsentence2\tlabel\n1\tone\ttwo\tentailment\n2\tone\t \tentailment\n")
     with pytest.raises(UserError, match=r"rte\.tsv:3: one of two texts is missing — mend the row"):
         examples.read_glue(rte, TASKS["rte"])
-    assert examples.read_glue(rte, TASKS["rte"], skip_malformed=True).left_out == 1
+    assert examples.read_glue(rte, TASKS["rte"], Tally(1)).left_out == 1
     qqp.write_text("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t1\t2\t\ttwo\t0\n")
     assert examples.read_glue(qqp, TASKS["qqp"]).texts == [("", "two")]
     assert examples.read_glue(qqp, find_task("qqp-lite")).labels == [0.0]
 
 
-def own_pair(folder, train: str, dev: str, skip: bool = False):
+def own_pair(folder, train: str, dev: str, skip: int = 0):
     (folder / "train.tsv").write_bytes(train.encode())
     (folder / "dev.tsv").write_bytes(dev.encode())
-    return owntask.read_pair(folder / "train.tsv", folder / "dev.tsv", (), "mood", False, skip)
+    return owntask.read_pair(folder / "train.tsv", folder / "dev.tsv", (), "mood", False, Tally(skip))
 
 
 def test_blanks_around_labels_and_names_make_no_class(tmp_path):
@@ -97,7 +124,7 @@ def test_labels_that_look_alike_are_refused(tmp_path, one, other):
 
 def test_a_lone_carriage_return_ends_no_row(tmp_path):
     rows = "text\tmood\none\rtwo\tpos\nthree\tneg\nfour\tneg\nfive\tpos\n"
-    train, _, _ = own_pair(tmp_path, rows, rows, skip=True)
+    train, _, _ = own_pair(tmp_path, rows, rows, skip=1)
     assert train.texts[0] == ("one\rtwo",) and (len(train.texts), train.left_out) == (4, 0)
 
 
@@ -105,7 +132,7 @@ def test_a_row_beyond_a_piece_is_refused_not_split(tmp_path, monkeypatch):
     monkeypatch.setattr("cramfast.text.lines.LONGEST_PIECE", 20)
     rows = "text\tmood\n" + "a\tpos\nb\tneg\nword word\tpos word\tpos\n"
     with pytest.raises(UserError, match=r"train\.tsv:4: a row of more than"):
-        own_pair(tmp_path, rows, rows, skip=True)
+        own_pair(tmp_path, rows, rows, skip=1)
 
 
 def test_own_files_that_are_refused(tmp_path):
@@ -113,13 +140,13 @@ def test_own_files_that_are_refused(tmp_path):
     rows = "text\tmood\n" + "".join(f"a{i}\t{('calm', 'wild')[i % 2]}\n" for i in range(6))
     dev.write_text(rows)
 
-    def read(text=(), skip=False):
-        return owntask.read_pair(train, dev, text, "mood", False, skip)
+    def read(text=(), skip=0):
+        return owntask.read_pair(train, dev, text, "mood", False, Tally(skip))
 
     train.write_text(rows + "a b\t\n")
     with pytest.raises(UserError, match=r"train\.tsv:8: label '' is none of calm, wild"):
         read()
-    found, _, classes = read(skip=True)
+    found, _, classes = read(skip=1)
     assert (found.left_out, classes) == (1, ("calm", "wild"))
     train.write_text(rows.replace("text\tmood", "text\ttext\tmood", 1))
     with pytest.raises(UserError, match=r"train\.tsv:1: 2 columns 'text' — give each a name of its own"):
@@ -164,7 +191,7 @@ def test_scores():
 @needs_data
 @pytest.mark.parametrize("name", ["cola", "sst-2", "mrpc", "sts-b", "rte"])
 def test_whole_tasks_are_official(name):
-    train, dev = examples.load_glue(TASKS[name], DATA / "glue", False)
+    train, dev = examples.load_glue(TASKS[name], DATA / "glue", Tally())
     assert examples.is_official(TASKS[name], train, dev)
 
 
@@ -172,7 +199,7 @@ def test_whole_tasks_are_official(name):
 @pytest.mark.parametrize("name", ["mnli-lite", "qqp-lite", "qnli-lite", "qnli-nqg"])
 def test_stand_ins_can_be_read(name):
     task = find_task(name)
-    train, dev = examples.load_glue(task, DATA / "glue", False)
+    train, dev = examples.load_glue(task, DATA / "glue", Tally())
     assert not examples.is_official(task, train, dev) and len(dev) == 1
     assert set(train.labels) == set(dev[0].labels) == set(range(len(task.classes)))
 

@@ -7,6 +7,7 @@ import pytest
 from cramfast.errors import UserError
 from cramfast.evaluate import examples
 from cramfast.evaluate.tasks import TASKS, find_task
+from cramfast.text.tally import Tally
 
 datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
 
@@ -59,7 +60,7 @@ def test_every_task(tmp_path, name):
     task = TASKS[name]
     values = (4.5, 0.0) if name == "sts-b" else (1, 0)
     data = write(tmp_path / "glue", task.hf_name, ("train", *(split.hf_split for split in task.dev)), values)
-    train, dev = examples.load_glue(task, data, False)
+    train, dev = examples.load_glue(task, data, Tally())
     assert train.labels == list(values) and len(dev) == len(task.dev) and dev[-1] == train
     assert train.texts == list(zip(*COLUMNS[task.hf_name].values(), strict=True))
     assert not examples.is_official(task, train, dev)
@@ -74,7 +75,7 @@ def test_labels_mean_the_same_as_in_the_files(tmp_path):
     for name, text in original.items():
         (tmp_path / f"{name}.tsv").write_text(text)
         data = write(tmp_path / name, name)
-        assert examples.load_glue(TASKS[name], data, False)[0] == examples.read_glue(
+        assert examples.load_glue(TASKS[name], data, Tally())[0] == examples.read_glue(
             tmp_path / f"{name}.tsv", TASKS[name]
         )
 
@@ -95,25 +96,25 @@ def test_labels_mean_the_same_as_in_the_files(tmp_path):
 def test_faults_are_named(tmp_path, changes, message):
     data = write(tmp_path / "glue", "cola", **changes)
     with pytest.raises(UserError, match=message) as raised:
-        examples.load_glue(TASKS["cola"], data, False)
+        examples.load_glue(TASKS["cola"], data, Tally())
     assert "\n" not in str(raised.value)
 
 
 def test_malformed_rows_are_left_out_on_request(tmp_path):
     data = write(tmp_path / "glue", "cola", labels=[1, -1])
-    train, _ = examples.load_glue(TASKS["cola"], data, True)
+    train, _ = examples.load_glue(TASKS["cola"], data, Tally(1))
     assert (train.labels, train.left_out) == ([1.0], 1)
 
 
 def test_what_cannot_be_opened(tmp_path, monkeypatch):
     data = write(tmp_path / "glue", "cola")
     with pytest.raises(UserError, match=r"rte train: could not be opened .*'rte'"):
-        examples.load_glue(TASKS["rte"], data, False)
+        examples.load_glue(TASKS["rte"], data, Tally())
     (tmp_path / "glue" / "cola" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match="cola train: could not be opened"):
-        examples.load_glue(TASKS["cola"], data, False)
+        examples.load_glue(TASKS["cola"], data, Tally())
     with pytest.raises(UserError, match="only in a folder of yours"):
-        examples.load_glue(find_task("mnli-lite"), data, False)
+        examples.load_glue(find_task("mnli-lite"), data, Tally())
 
     def unreachable(*args, **kwargs):
         raise RuntimeError("Couldn't reach the Hub\n(no network)")
@@ -122,9 +123,9 @@ def test_what_cannot_be_opened(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"^nyu-mll/glue rte train: could not be opened \(Couldn't reach the Hub \(no net"
     ):
-        examples.load_glue(TASKS["rte"], "hf:nyu-mll/glue", False)
+        examples.load_glue(TASKS["rte"], "hf:nyu-mll/glue", Tally())
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         UserError, match=r"--data hf:nyu-mll/glue needs the datasets package — pip install 'cramfast\[hf\]'"
     ):
-        examples.load_glue(TASKS["rte"], "hf:nyu-mll/glue", False)
+        examples.load_glue(TASKS["rte"], "hf:nyu-mll/glue", Tally())
