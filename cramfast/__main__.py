@@ -51,10 +51,13 @@ def refuse(name: str, front: str) -> None:
 
 
 def version() -> str:
-    """The installed version, as `pip` knows it."""
-    from importlib.metadata import version
+    """The installed version, as `pip` knows it; "" in a checkout that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return f"cramfast {version('cramfast')}"
+    try:
+        return f"cramfast {version('cramfast')}"
+    except PackageNotFoundError:
+        return ""
 
 
 def main() -> None:
@@ -63,12 +66,16 @@ def main() -> None:
         signal.signal(number, leave_at_once)  # while a command imports torch
     front = "python -m cramfast" if Path(sys.argv[0]).name == "__main__.py" else "cramfast"
     name, *words = sys.argv[1:] or ["--help"]
+    if name == "help" and words:
+        name, *words = *words, "--help"  # `cramfast help train`
     if name in ("-h", "--help", "help"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as after `| head`
         print(usage(front))
         return
     if name == "--version":
-        print(version())
+        if not (found := version()):
+            sys.exit("cramfast is not installed, and has no version — pip install -e .")
+        print(found)
         return
     if name not in COMMANDS:
         command(lambda: refuse(name, front))

@@ -295,7 +295,7 @@ def _write_json(path: Path, values: dict) -> None:
 
 def _check_free(run_dir: Path, out_dir: Path, overwrite: bool) -> None:
     # The whole command, as cramfast.train exports too, where no folder can be named.
-    remedy = f"export to another folder: python -m cramfast.export {run_dir} FOLDER"
+    remedy = f"export to another folder: {program('export')} {run_dir} FOLDER"
     if not out_dir.exists():
         return
     if not out_dir.is_dir():

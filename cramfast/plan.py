@@ -1,7 +1,8 @@
 """What a budget buys on a card, before it is spent: python -m cramfast.plan --budget 24h [--gpu "RTX 2080 Ti"].
 
-Takes every flag of cramfast.train. Without --gpu the machine at hand is measured; a card is predicted from its data
-sheet and from measurements where there are any.
+Takes the flags of cramfast.train that say what a run is, not those that say where it lies or how it goes on (--run-dir,
+--resume, --schedule-from-here, --replay). Without --gpu the machine at hand is measured; a card is predicted from its
+data sheet and from measurements where there are any.
 """
 
 import argparse
@@ -35,7 +36,9 @@ USABLE_MEMORY = 0.9  # of a device: the count came out 5 to 8 % below what steps
 class Arguments:
     """Predict what a budget buys: tokens, speed, memory and loss.
 
-    Takes every flag of cramfast.train. Without --gpu it is measured, in half a minute, what this machine does.
+    Takes the flags of cramfast.train but --run-dir, --resume, --schedule-from-here and --replay; --objective rtd and
+    --short-sequence-len are not counted, and refused. Without --gpu it is measured, in half a minute, what this machine
+    does.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]

@@ -358,7 +358,10 @@ def main() -> None:
     from cramfast.text import report as text_report
 
     options = tyro.cli(
-        Options, args=under_one_name(None, dict([VOCABULARY[::-1]])), prog=program("prepare"), description=__doc__
+        Options,
+        args=under_one_name(None, dict([VOCABULARY[::-1]])),
+        prog=program("prepare"),
+        description=__doc__.replace("python -m cramfast.prepare", program("prepare")),
     )
     console = Console()
     plain = {"markup": False, "highlight": False, "soft_wrap": True}  # a folder's name may look like markup
@@ -386,7 +389,7 @@ def main() -> None:
         f"{elapsed:.1f} s ({characters / elapsed / 1e6:.1f} million characters a second)"
     )
     console.print(f"report: {text_report.write_report(folder)}", **plain)
-    console.print(f"train on it: python -m cramfast.train --data {folder}", **plain)
+    console.print(f"train on it: {program('train')} --data {folder}", **plain)
 
 
 if __name__ == "__main__":

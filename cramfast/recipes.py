@@ -12,6 +12,7 @@ import torch
 
 from cramfast.config import Curation, ModelConfig, TrainConfig
 from cramfast.errors import UserError
+from cramfast.runtime.arguments import program
 
 T = TypeVar("T")
 Preset = Callable[[str], TrainConfig]
@@ -145,7 +146,7 @@ def choose_device(asked: str) -> str:
         UserError: a GPU was asked for and this torch sees none.
     """
     if asked == "cuda" and not torch.cuda.is_available():
-        raise UserError("device='cuda' but torch sees no GPU — python -m cramfast.doctor says why; or use --device cpu")
+        raise UserError(f"device='cuda' but torch sees no GPU — {program('doctor')} says why; or use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 

@@ -29,6 +29,7 @@ from cramfast.optim.make import make_optimizer
 from cramfast.qualify.watch import Watch
 from cramfast.runtime import distributed
 from cramfast.runtime.allocator import keep_freed_memory
+from cramfast.runtime.arguments import program
 from cramfast.runtime.distributed import ALONE, Team
 from cramfast.runtime.interrupt import Interrupt
 from cramfast.runtime.output import make_steady
@@ -290,6 +291,7 @@ def main() -> None:
 def carry_out(request: Request, team: Team) -> None:
     """What the command line asks for, in this process of the team; process 0 does all but the training."""
     team.run_dir = request.run_dir
+    budget = team.first(lambda: choose_budget(request))  # a fault is named before anything is shown
     config = stages.as_prepared(request)
     team.use(config.device)
     if threads := config.threads or team.threads:
@@ -298,7 +300,6 @@ def carry_out(request: Request, team: Team) -> None:
     allow_half_accumulation(config.half_accumulation)
     stages.choose_kernels(config, request.run_dir if request.resuming else request.replay)
     stages.print_team(config, team)
-    budget = team.first(lambda: choose_budget(request))
     team.first(lambda: read_pairs(config))  # a fault is named before the text is prepared
     prepared, fitted = team.first(lambda: stages.prepare_text(config))
     print_config(fitted)
@@ -311,7 +312,7 @@ def carry_out(request: Request, team: Team) -> None:
         if request.resuming and team.rank == 0:
             stages.print_schedule(request, fitted, latest(fitted, request.run_dir)[0])
         if not train(fitted, request.run_dir, prepared, budget, team, request.schedule_from_here):
-            print(f"stopped and saved; go on with: python -m cramfast.train --resume {request.run_dir}", flush=True)
+            print(f"stopped and saved; go on with: {program('train')} --resume {request.run_dir}", flush=True)
             sys.exit(INTERRUPTED)
         team.first(lambda: stages.publish(request.run_dir))
 

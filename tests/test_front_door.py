@@ -1,6 +1,8 @@
 """The command in front of all others, `cramfast COMMAND` or `python -m cramfast COMMAND`."""
 
 import importlib
+import importlib.metadata
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from cramfast import __main__ as front_door
+from cramfast.config import to_json
+from cramfast.recipes import resolve, starting_config
+from cramfast.runtime.arguments import program
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "from cramfast.__main__ import main; main()"  # what pip writes into bin/cramfast
@@ -70,6 +75,48 @@ def test_help_imports_nothing_heavy(word):
 def test_version():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert front("--version").stdout == f"cramfast {declared}\n"
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(front_door.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/__main__.py", "--version"])
+    with pytest.raises(SystemExit, match=r"^cramfast is not installed, and has no version — pip install -e \.$"):
+        front_door.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "begins"),
+    [
+        (("train",), "usage: python -m cramfast train [-h]"),
+        (("evaluate", "glue"), "usage: python -m cramfast evaluate glue [-h]"),
+        (("prepare",), "usage: python -m cramfast prepare [-h]"),
+    ],
+)
+def test_help_of_a_command_in_two_orders(words, begins):
+    first = front("help", *words).stdout
+    assert first.startswith(begins) and first == front(*words, "--help").stdout
+    assert "python -m cramfast.prepare" not in first  # what it is called behind another front
+
+
+def test_a_command_is_advised_as_this_one_was_called(monkeypatch):
+    for called, front in (("cramfast prepare", "cramfast "), ("python -m cramfast prepare", "python -m cramfast ")):
+        monkeypatch.setattr(sys, "argv", [called, "--data", "x"])
+        assert program("prepare") == f"{front}prepare" and program("train") == f"{front}train"
+    for called in ("/x/cramfast/prepare.py", "/x/bin/cramfast", "/x/a cramfast train"):
+        monkeypatch.setattr(sys, "argv", [called])
+        assert program("train") == "python -m cramfast.train"
+
+
+def test_a_damaged_record_is_named_before_anything_is_shown(tmp_path):
+    config = resolve(starting_config("tiny", None, "cpu"))
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    (tmp_path / "metrics.jsonl").write_text("{\n")
+    result = front("train", "--replay", str(tmp_path), "--run-dir", str(tmp_path / "run"))
+    assert (result.returncode, result.stdout) == (2, "") and "metrics.jsonl" in result.stderr
 
 
 @pytest.mark.parametrize(

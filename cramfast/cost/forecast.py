@@ -28,6 +28,7 @@ from cramfast.errors import UserError
 from cramfast.kernels.cases import ragged_lengths
 from cramfast.model.encoder import flops_per_token
 from cramfast.optim import schedule
+from cramfast.runtime.arguments import program
 from cramfast.session.budget import Budget
 
 SLICES = 1000  # of a budget, in which the batch ramp counts as constant
@@ -173,12 +174,10 @@ def read_law(path: Path) -> ScalingLaw:
         ranges = {key: [float(end) for end in found["ranges"][key]] for key in ("N", "D")}
         law = ScalingLaw(**constants, count=found["count"], ranges=ranges)
     except OSError as error:
-        raise UserError(
-            f"--fit {path}: unreadable ({error.strerror}) — python -m cramfast.scaling fit writes it"
-        ) from None
+        raise UserError(f"--fit {path}: unreadable ({error.strerror}) — {program('scaling')} fit writes it") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"--fit {path}: no fit with E, A, alpha, B and beta ({error}) — python -m cramfast.scaling fit writes one"
+            f"--fit {path}: no fit with E, A, alpha, B and beta ({error}) — {program('scaling')} fit writes one"
         ) from None
     if not all(math.isfinite(value) for value in constants.values()):
         raise UserError(f"--fit {path}: a constant is not finite — fit again from more runs")

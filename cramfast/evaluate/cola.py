@@ -21,6 +21,7 @@ from cramfast.evaluate.machine import Machine
 from cramfast.evaluate.scores import accuracy, matthews
 from cramfast.evaluate.tasks import TASKS
 from cramfast.pages.page import document
+from cramfast.runtime.arguments import program
 from cramfast.runtime.jsonfile import read_json
 from cramfast.session.record import EVALUATIONS, SCORES_REMEDY
 
@@ -196,7 +197,7 @@ class Arguments:
         scored = self.run_dir / EVALUATIONS / "glue-cramming.json"
         stored = read_json(scored, SCORES_REMEDY)
         if "cola" not in stored.get("tasks", {}):
-            glue = f"python -m cramfast.evaluate glue {self.run_dir} --data {self.data} --tasks cola"
+            glue = f"{program('evaluate')} glue {self.run_dir} --data {self.data} --tasks cola"
             raise UserError(f"{scored}: no CoLA scores — run {glue}")
         seeds = [list(map(int, predicted)) for predicted in stored["tasks"]["cola"]["predictions"]["cola"]]
         path = find_file(self.data / TASKS["cola"].folder / "dev")

@@ -1,5 +1,6 @@
 """Words of a command line: how the command was called, and keys that go by two names."""
 
+import re
 import sys
 from collections.abc import Mapping
 
@@ -10,9 +11,10 @@ VOCABULARY = "--vocab-size", "--model.vocab-size"
 
 
 def program(name: str) -> str:
-    """How this command was called: `cramfast train` by way of cramfast/__main__.py, else `python -m cramfast.train`."""
-    called = sys.argv[0]
-    return called if called.endswith(f"cramfast {name}") else f"python -m cramfast.{name}"
+    """How to call a command as this one was called: `cramfast train` where cramfast/__main__.py was in front of it, of
+    whatever command, else `python -m cramfast.train`."""
+    front = re.fullmatch(r"((?:python -m )?cramfast) [a-z]+", sys.argv[0])
+    return f"{front[1]} {name}" if front else f"python -m cramfast.{name}"
 
 
 def under_one_name(words: list[str] | None, renamed: Mapping[str, str]) -> list[str]:

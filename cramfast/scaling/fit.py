@@ -15,6 +15,7 @@ from cramfast.errors import UserError
 from cramfast.pages.numbers import short
 from cramfast.pages.page import write_page
 from cramfast.pages.scoretable import ScoreTable
+from cramfast.runtime.arguments import program
 from cramfast.runtime.jsonfile import dumps
 from cramfast.scaling import law as laws
 from cramfast.scaling.law import Points, interval
@@ -122,7 +123,7 @@ def read_fit(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}) — python -m cramfast.scaling fit {folder} writes it anew") from None
+        raise UserError(f"{path}: damaged ({error}) — {program('scaling')} fit {folder} writes it anew") from None
 
 
 def laws_of(found: dict[str, Any]) -> tuple[Law, list[Law]]:
@@ -260,7 +261,7 @@ def fit_folder(folder: Path, options: Options) -> dict[str, Any]:
     """
     rows = read_table(folder)
     if not rows:
-        raise UserError(f"{folder}: no {TABLE} there — python -m cramfast.scaling run writes it")
+        raise UserError(f"{folder}: no {TABLE} there — {program('scaling')} run writes it")
     references = reference_runs(rows, folder / TABLE)
     found = fitted(references, options.count, options.samples, options.hold_out)
     other = next(count for count in COUNTS if count != options.count)

@@ -14,6 +14,7 @@ from cramfast.pages.numbers import short, span
 from cramfast.pages.page import document, write_page
 from cramfast.pages.page import table as html_table
 from cramfast.pages.scoretable import ScoreTable
+from cramfast.runtime.arguments import program
 from cramfast.runtime.jsonfile import read_json
 from cramfast.scaling import claims, fit, plots
 from cramfast.scaling.optimum import budget_name
@@ -41,7 +42,7 @@ def write_report(folder: Path) -> list[Path]:
     """
     rows = read_table(folder)
     if not rows:
-        raise UserError(f"{folder}: no {TABLE} there — python -m cramfast.scaling run writes it")
+        raise UserError(f"{folder}: no {TABLE} there — {program('scaling')} run writes it")
     found, judged = fit.read_fit(folder), read_json(folder / claims.CLAIMS_FILE)
     pictures = {name: png for name, figure in figures(rows, found, judged).items() if (png := drawn(figure))}
     for name, png in pictures.items():

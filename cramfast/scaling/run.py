@@ -15,6 +15,7 @@ from cramfast.errors import UserError
 from cramfast.pages.numbers import short, span
 from cramfast.prepare import prepare
 from cramfast.recipes import choose_device
+from cramfast.runtime.arguments import program
 from cramfast.runtime.progress import Stages
 from cramfast.scaling import plan as plans
 from cramfast.scaling import table
@@ -97,7 +98,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not found — python -m cramfast.scaling run writes it") from None
+        raise UserError(f"{path}: not found — {program('scaling')} run writes it") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}) — restore it, or start the plan in another folder") from None
 
@@ -164,7 +165,7 @@ class Arguments:
         rows = Runner(folder, console, keep_checkpoints=self.keep_checkpoints).work(jobs)
         console.print(
             f"{len(rows)} runs, {short(sum(r['tokens'] for r in rows))} tokens, {span(time.perf_counter() - started)} "
-            f"now: {folder / table.TABLE}\nnext: python -m cramfast.scaling fit {folder}",
+            f"now: {folder / table.TABLE}\nnext: {program('scaling')} fit {folder}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 
