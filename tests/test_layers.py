@@ -41,6 +41,15 @@ def room_of(module: str) -> str:
 
 
 MODULES = {module_of(path): path for path in FILES}
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+def docstring(room: str) -> str:
+    return ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))) or ""
+
+
+def files_of(room: str) -> set[str]:
+    return {path.stem for path in (PACKAGE / room).glob("[a-z]*.py")}
 
 
 def imported(path: Path) -> set[str]:
@@ -83,13 +92,29 @@ def test_imports_go_down(path):
 
 
 def test_rooms_say_what_lives_in_them():
-    """One paragraph or two, and the file to read first, which is there."""
-    for room in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
-        text = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
+    """One paragraph or two, and the file to read first, which is there; files are named in backticks."""
+    for room in ROOMS:
+        text = docstring(room)
         named = re.search(r"Read\s+`([a-z_]+\.py)`\s+first", text)
-        assert named and (room / named[1]).exists(), f"{room.name}: {text}"
-        for path in room.glob("[a-z]*.py"):
-            assert path.stem in text, f"{room.name}/__init__.py does not name {path.name}"
+        assert named and (PACKAGE / room / named[1]).exists(), f"{room}: {text}"
+        for name in files_of(room):
+            assert re.search(rf"`{name}(\.\w+)?`", text), f"{room}/__init__.py does not name `{name}`"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_others_import_what_a_room_offers(room):
+    """ "Others may import `a` and `b`.", "every file.", "every file but `c`." or "nothing.", in its docstring."""
+    offered = re.search(
+        r"Others\s+may\s+import\s+(every\s+file\s+but|every\s+file|nothing|)(.*?)[.;]\s", docstring(room), re.S
+    )
+    assert offered, f"{room}/__init__.py does not say what others may import"
+    named = set(re.findall(r"`(\w+)`", offered[2]))
+    assert named <= files_of(room)
+    allowed = files_of(room) - named if offered[1].startswith("every") else named
+    for module, path in MODULES.items():
+        if room_of(module) != room:
+            used = {name.split(".")[1] for name in ours(path) if room_of(name) == room and "." in name}
+            assert used <= allowed, f"{module} imports {used - allowed} from {room}, which does not offer it"
 
 
 def test_the_page_about_the_house_names_every_room():
@@ -98,7 +123,7 @@ def test_the_page_about_the_house_names_every_room():
     for floor in FLOORS:
         for room in floor:
             assert re.search(rf"\b{room}\b", drawing), f"docs/architecture.md: {room} is not in the drawing"
-    for room in sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")):
+    for room in ROOMS:
         assert f"`cramfast/{room}/`" in table, f"docs/architecture.md: no line says what belongs into {room}"
 
 

@@ -1,5 +1,6 @@
 """The exported folder as stock Hugging Face clients see it.
 
-`tokens` and `check` compare its tokens and its logits with those of stock `transformers`, `modelcard` writes its
-README, `demo` fills masks with it. `cramfast/export.py` is the command in front. Read `check.py` first.
+`check` compares its logits with those of stock `transformers`, `tokens` what AutoTokenizer makes of a text with what
+training made of it; `modelcard` writes its README, `demo` fills masks with it. `cramfast/export.py` is the command in
+front. Others may import every file. Read `check.py` first.
 """

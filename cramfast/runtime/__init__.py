@@ -2,7 +2,7 @@
 
 Signals (`interrupt`), other processes of the same run (`distributed`), files that are whole or absent (`atomic`) and
 JSON in them (`jsonfile`), time (`stopwatch`), the terminal (`progress`, `output`) and the words that were typed
-there (`arguments`), names on a profiler's timeline (`ranges`), the allocator, and random numbers by place
-(`counter_random`). Every room may import from here; this one imports `errors` and `config` alone. Read
-`distributed.py` first: its `Team` is handed through the whole trainer.
+there (`arguments`), names on a profiler's timeline (`ranges`), the `allocator`, and random numbers by place
+(`counter_random`). Others may import every file; this room imports `errors` alone. Read `distributed.py` first: its
+`Team` is handed through the whole trainer.
 """

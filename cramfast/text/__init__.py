@@ -12,5 +12,6 @@ In the order of the work:
 - `splits` (by `units`) takes the held-out part and writes ids (with `wordpieces`, `wordcache`), `said` is what a user
   should know of it, `prepared` is the folder that holds all, `report` shows it.
 
-No file here knows a model. Read `corpus.py` first.
+No file here knows a model. Others may import every file but `bytebpe`, `fasta`, `learning`, `minhash`, `records`,
+`spelling`, `tables`, `units`, `wikiextractor` and `wordpieces`. Read `corpus.py` first.
 """
