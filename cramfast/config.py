@@ -157,7 +157,7 @@ class TrainConfig:
     budget: str = "24h"
     """24h, 90m, 300s, 2e9tokens, 1e15flops or 500steps; may be raised on resume."""
     microbatch_tokens: int = 16384
-    """Tokens of one forward and backward pass at most; halved until a GPU's memory holds them."""
+    """Tokens of one forward and backward pass at most; fewer where a GPU's memory does not hold them."""
     batch_tokens: int = 524288
     """Tokens of one update after the ramp."""
     ramp_fraction: float = 0.6
