@@ -13,7 +13,6 @@ from cramfast.errors import UserError, command
 from cramfast.runtime.jsonfile import dumps
 
 BEGIN, END = "<!-- tables: written by python -m bench.tables -->", "<!-- end of tables -->"
-PEAKS = ("percent_of_copy", "percent_of_matmul")
 NAMED_PEERS = ("eager", "torch.compile")  # with a column of their own; the others share one
 
 

@@ -39,7 +39,7 @@ from cramfast.text.tokenizerchoice import check_lost, choose, learn
 
 # Of a prepared folder. Made anew are those whose held-out side is a share of documents, or whose letters and signs were
 # not spelled out in ASCII.
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True)
