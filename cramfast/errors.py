@@ -49,6 +49,9 @@ def command(main: Callable[[], None]) -> None:
     nobody reads any more, as after `| head`, ends it without a word. File names that are no Unicode are printed with
     escapes in place of what cannot be encoded.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this, as some daemons do
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
     sys.stdout.reconfigure(errors="backslashreplace")
     for number in stop_signals():
         signal.signal(number, signal.default_int_handler)

@@ -37,8 +37,8 @@ from cramfast.text.survey import Report, Survey
 from cramfast.text.tokenizer import check_vocab_size, is_trained, word_count
 from cramfast.text.tokenizerchoice import check_lost, choose, learn
 
-# Of a prepared folder. Made anew are those whose held-out side is a share of documents, whose letters and signs were not
-# spelled out in ASCII, or whose files were read otherwise (docs/text.md).
+# Of a prepared folder. Made anew are those whose held-out side is a share of documents, whose letters and signs were
+# not spelled out in ASCII, or whose files were read otherwise (docs/text.md).
 FORMAT = 5
 
 

@@ -18,7 +18,7 @@ from cramfast.pages.numbers import short, span
 from cramfast.qualify import resolve
 from cramfast.runtime.distributed import Team
 from cramfast.runtime.progress import Stages
-from cramfast.session import checkpoint, kernelchoice
+from cramfast.session import checkpoint, kernelchoice, runfolder
 from cramfast.session.budget import UNITS_KEPT, Progress, parse_budget
 from cramfast.session.microbatch import graph_choice
 from cramfast.session.record import Record, read_record
@@ -147,10 +147,21 @@ def larger_model(asked: TrainConfig, fitted: TrainConfig) -> str:
     )
 
 
+def print_start(run_dir: Path, found: Path | None) -> None:
+    """Where a run that has recorded steps is resumed without a checkpoint: that it begins anew."""
+    if found or not (run_dir / "metrics.jsonl").exists():
+        return
+    if steps := read_record(run_dir).steps:
+        last = f"step {steps[-1]['step']:,}"
+        note(f"{run_dir}: no checkpoint is there, though {last} is recorded: the run begins anew at its first step")
+
+
 def print_schedule(request: Request, config: TrainConfig, progress: Progress) -> None:
     """Where a resumed run has another budget than before, or its schedule begins anew: the rate before and after."""
     if config.budget == request.budget_before and not request.schedule_from_here:
         return
+    if (request.run_dir / runfolder.REPLAYED).exists():
+        raise UserError(f"{request.run_dir} repeats another run step by step, and ends with it — leave out its budget")
     before, budget = parse_budget(request.budget_before), parse_budget(config.budget)
     anew = replace(progress, schedule_from=tuple(float(progress.spent(unit)) for unit in UNITS_KEPT))
     then = anew if request.schedule_from_here else progress
@@ -161,10 +172,12 @@ def print_schedule(request: Request, config: TrainConfig, progress: Progress) ->
         return
     rates = [config.lr * shape(of.schedules(at)[0]) for of, at in ((before, progress), (budget, then))]
     advice = " — --schedule-from-here raises and lowers it over the new part alone"
+    over = "what is left"
+    if not request.schedule_from_here:
+        over = f"the part since step {progress.schedule_from[0]:.0f}" if progress.schedule_from else "the whole budget"
     note(
         f"{what}; the learning rate goes from {rates[0]:.2g} to {rates[1]:.2g} with the next update, then as "
-        f"{config.schedule} over {'what is left' if request.schedule_from_here else 'the whole budget'}"
-        + ("" if request.schedule_from_here else advice)
+        f"{config.schedule} over {over}" + ("" if request.schedule_from_here else advice)
     )
 
 
@@ -211,6 +224,10 @@ def present(run_dir: Path) -> None:
         f"MFU {record.middle('mfu'):.0%}{record.mfu_mark}, "
         f"{record.last('tokens'):,.0f} tokens in {span(record.last('seconds'))}"
     )
+    if record.skipped:
+        print(f"note: {record.skipped} of {len(record.steps)} updates were skipped: loss or gradient was not finite")
+    if after > before:
+        print("note: the held-out loss is worse than before the first step: try a lower --lr")
     print(partly_read(record), end="")
     print(f"{'run folder':<20} {run_dir}\n{'report':<20} {page}")
 

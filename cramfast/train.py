@@ -91,6 +91,7 @@ def session(
     watch = Watch(config, run_dir, prepared, model, optimizer, size, team)
     run = team.first(lambda: runfolder.describe(config, model, team.world)) | {"microbatch_tokens": size}
     lr_shape, fixed = schedule.SHAPES[config.schedule], {"model": to_json(config.model), "hash": config_hash(config)}
+    fixed["config"] = team.first(lambda: runfolder.asked_for(run_dir))  # which a resume compares
     pieces = round(config.microbatch_tokens / size)  # of a microbatch of the size that was asked for
 
     def look() -> dict[str, float]:
@@ -310,7 +311,9 @@ def carry_out(request: Request, team: Team) -> None:
             team.first(lambda: stages.rehearse_export(fitted, prepared))
         stages.qualify_kernels(request, fitted, prepared, team)
         if request.resuming and team.rank == 0:
-            stages.print_schedule(request, fitted, latest(fitted, request.run_dir)[0])
+            progress, found = latest(fitted, request.run_dir)
+            stages.print_start(request.run_dir, found)
+            stages.print_schedule(request, fitted, progress)
         if not train(fitted, request.run_dir, prepared, budget, team, request.schedule_from_here):
             print(f"stopped and saved; go on with: {program('train')} --resume {request.run_dir}", flush=True)
             sys.exit(INTERRUPTED)

@@ -150,6 +150,46 @@ def test_a_raised_budget_says_what_the_rate_does(trained):
     assert result.returncode == 0 and "so the run ends here" in result.stderr
 
 
+def test_a_config_that_was_edited_is_no_history(trained):
+    folder, run = trained[0], trained[0] / "edited"
+    shutil.copytree(folder / "first", run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"lr": 0.3}))
+    result = train(folder, "--resume", "edited", "--budget", "40steps")
+    assert result.returncode == 2 and "was trained with 0.003" in result.stderr and "lr=0.3" in result.stderr
+
+
+def test_a_run_whose_checkpoints_are_gone_says_that_it_begins_anew(trained):
+    folder, run = trained[0], trained[0] / "emptied"
+    shutil.copytree(folder / "first", run)
+    shutil.rmtree(run / "checkpoints")
+    result = train(folder, "--resume", "emptied")
+    assert result.returncode == 0 and "begins anew at its first step" in result.stderr
+
+
+def test_a_replay_has_no_other_budget(trained):
+    folder = trained[0]
+    assert train(folder, "--replay", "first", "--run-dir", "again").returncode == 0
+    result = train(folder, "--resume", "again", "--budget", "90steps")
+    assert result.returncode == 2 and "repeats another run step by step" in result.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_output_that_was_closed_before_the_start_costs_nothing(trained, closed):
+    folder = trained[0]
+    words = command(folder, "--resume", "first")
+    script = " ".join(["exec", *words.pop("args"), closed])
+    assert subprocess.run(["sh", "-c", script], **words, timeout=150).returncode == 0
+
+
+def test_a_text_that_names_special_tokens_is_trained_and_exported(trained):
+    folder = trained[0]
+    text = (folder / "text.txt").read_text().replace(" cat ", " [MASK] and [SEP] ")
+    (folder / "names.txt").write_text(text)
+    result = train(folder, "--data", "names.txt", "--run-dir", "names", *SMALL, *SHORT)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_refused_second_process_leaves_the_first_alone(trained):
     folder, run = trained[0], trained[0] / "busy"
     always = ["--budget", "100000steps", "--checkpoint-interval", "1e-9"]

@@ -63,7 +63,7 @@ and `AutoModelForTokenClassification` load the folder for fine-tuning.
 
 WORDS_ALONE = """
 Words that are given one by one (`is_split_into_words=True`, as scripts for named entities do) are the tokens that they
-are in a sentence.
+are in a sentence, but for signs that stand before a word, such as an opening bracket.
 """
 
 WORDS_ALONE_DIFFER = """

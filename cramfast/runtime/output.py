@@ -42,7 +42,7 @@ def make_steady() -> None:
     """Put such streams in place of the standard output and error of this process."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        if stream is None:
-            continue
+        if stream is None or stream.fileno() != descriptor:
+            continue  # closed by whoever started this
         stream.flush()
         setattr(sys, name, Steady(descriptor, stream.encoding))

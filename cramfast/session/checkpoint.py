@@ -81,6 +81,14 @@ def write(run_dir: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str,
     return target
 
 
+def instead(damaged: Path) -> str:
+    """What to do where a checkpoint is damaged, in words."""
+    others = [path.name for path in complete(damaged.parent.parent) if path.name < damaged.name]
+    if others:
+        return f"remove {damaged} to go on from {others[-1]}"
+    return "it is the run's only one: restore it from a copy, or begin a new run"
+
+
 def kept(run_dir: Path) -> str:
     """What of a run is there when something goes wrong, in words."""
     previous = newest(run_dir)
@@ -120,7 +128,9 @@ def restore(checkpoint: Path, optimizer: AdamW) -> dict[str, Any]:
         UserError: a damaged file, or shapes of another model.
     """
     flat = optimizer.flat
-    copy_into(dict(flat.views(flat.master)), checkpoint / MODEL)
+    stored = copy_into(dict(flat.views(flat.master)), checkpoint / MODEL)
+    if spoiled := next((name for name, tensor in stored.items() if not tensor.isfinite().all()), None):
+        raise UserError(f"{checkpoint / MODEL}: {spoiled} is not finite — {instead(checkpoint)}")
     stored = copy_into({"updates": optimizer.updates}, checkpoint / OPTIMIZER)
     for kind, (values, parts) in optimizer.buffers().items():
         copy_own(optimizer, values, parts, stored, kind + ".", checkpoint / OPTIMIZER)
@@ -176,7 +186,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: unreadable ({error}) — remove {path.parent} to use the one before it") from None
+        raise UserError(f"{path}: unreadable ({error}) — {instead(path.parent)}") from None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -192,7 +202,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise ValueError("no JSON object")
         return state
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error}) — remove {checkpoint} to use the one before it") from None
+        raise UserError(f"{path}: unreadable ({error}) — {instead(checkpoint)}") from None
 
 
 def read_part(checkpoint: Path, key: str, cls: type) -> Any:
@@ -203,7 +213,7 @@ def read_part(checkpoint: Path, key: str, cls: type) -> Any:
     """
     path, state = checkpoint / "state.json", read_state(checkpoint)
     if key not in state:
-        raise UserError(f"{path}: no key {key!r} — remove {checkpoint} to use the one before it")
+        raise UserError(f"{path}: no key {key!r} — {instead(checkpoint)}")
     return from_json(cls, state[key], f"{path}: {key}")
 
 

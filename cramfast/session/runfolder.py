@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cramfast.config import TrainConfig, config_hash, differing_key, flatten, read_config, to_json
+from cramfast.config import HARMLESS_KEYS, TrainConfig, config_hash, differing_key, flatten, read_config, to_json
 from cramfast.errors import UserError
 from cramfast.model.encoder import Encoder
 from cramfast.runtime import atomic
@@ -109,6 +109,7 @@ def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | No
                 f"{run_dir}: {key}={flatten(config)[key]!r} but the run began with {flatten(old)[key]!r} — "
                 "a resumed run keeps its values; start a new run to change them"
             )
+        check_unedited(run_dir, old)
     for run in filter(None, (run_dir, replay)):
         if (run / "manifest.json").exists() and read_manifest(run)["files"] != read_manifest(prepared)["files"]:
             raise UserError(f"{run}: the text in {prepared} is not the one the run began with — start a new run")
@@ -120,6 +121,33 @@ def create(run_dir: Path, config: TrainConfig, prepared: Path, replay: Path | No
             atomic.copy_file(prepared / name, run_dir / name)
         if replay:
             atomic.copy_file(replay / "metrics.jsonl", run_dir / REPLAYED)
+
+
+def asked_for(run_dir: Path) -> dict[str, Any]:
+    """The config of a run's folder as JSON; empty where train() was called on a folder without one."""
+    stored = run_dir / "config.json"
+    return to_json(read_config(stored)) if stored.exists() else {}
+
+
+def check_unedited(run_dir: Path, config: TrainConfig) -> None:
+    """Raise UserError where config.json says of a run what its newest checkpoint does not: it was edited by hand."""
+    newest = checkpoint.newest(run_dir)
+    trained = checkpoint.read_state(newest).get("config", {}) if newest else {}
+    now, then = flat_json(to_json(config)), flat_json(trained)
+    for key in then.keys() & now.keys() - {*HARMLESS_KEYS, "kernels"}:
+        if then[key] != now[key]:
+            raise UserError(
+                f"{run_dir / 'config.json'}: {key}={now[key]!r}, but {newest.name} was trained with {then[key]!r} — "
+                "restore the value; a resumed run keeps it"
+            )
+
+
+def flat_json(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.width": 768, ...} of a config's JSON."""
+    flat = {}
+    for key, value in values.items():
+        flat.update(flat_json(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
 
 
 def describe(config: TrainConfig, model: Encoder, world: int = 1) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_loader import small_config, weights
+from safetensors.torch import load_file, save_file
 
 from cramfast.config import to_json
 from cramfast.errors import UserError
@@ -91,6 +92,15 @@ def test_what_is_not_finite_is_not_written_and_replaces_nothing(tmp_path):
         checkpoint.save(tmp_path / "other", optimizer, state(3))
 
 
+def test_weights_that_are_not_finite_are_not_taken_up(tmp_path):
+    saved = checkpoint.save(tmp_path, make(), state(3))
+    tensors = load_file(saved / "model.safetensors")
+    next(iter(tensors.values())).flatten()[0] = float("nan")
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: .* is not finite — it is the run's only one"):
+        checkpoint.restore(saved, make())
+
+
 def test_older_ones_stay_where_they_must(tmp_path):
     optimizer = make()
     for step in (1, 2, 3):
@@ -105,7 +115,10 @@ def test_damage_is_named(tmp_path, name):
     saved = checkpoint.save(tmp_path, make(), state(3))
     damaged = saved / name
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
-    with pytest.raises(UserError, match=f"{name}.*remove"):
+    with pytest.raises(UserError, match=f"{name}.*it is the run's only one: restore it"):
+        checkpoint.restore(saved, make())
+    checkpoint.save(tmp_path, make(), state(2))
+    with pytest.raises(UserError, match=f"{name}.*remove .*step-00000003 to go on from step-00000002"):
         checkpoint.restore(saved, make())
     damaged.unlink()
     with pytest.raises(UserError, match=name):
