@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from tokenizers import Tokenizer, pre_tokenizers
 from cramfast.text.census import Census, is_visible
 from cramfast.text.kmers import cutting
 from cramfast.text.learning import RUN_FROM
-from cramfast.text.spelling import GREEK, spelling
+from cramfast.text.spelling import GREEK, STROKES, spelling
 from cramfast.text.tokenizer import is_own_wordpiece
 
 UNKNOWN_READ = 2_000_000  # characters in which [UNK] is looked for, where a tokenizer that is given can make it
 COMMONEST = 10
+ACCENTS = "\u0300-\u036f\u20d0-\u20ff"
+STRUCK = re.compile(f"([^{ACCENTS}]?)[{ACCENTS}]*?([{STROKES}])")  # a sign, and the stroke among its accents
 # Above these shares, WordPiece in lower-cased ASCII would be a model of another text. Accents tell words apart where
 # they are many: without them, six tones of Vietnamese are one.
 MOST_LOST, MOST_ACCENTS, MOST_RUNS = 0.02, 0.10, 0.5
@@ -61,7 +64,12 @@ def lost_characters(tokenizer: Tokenizer, texts: Iterable[str], census: Census |
         unknown = tokenizer.token_to_id(parts["model"].get("unk_token") or "[UNK]")
     if unknown is not None and not _spells_each(parts):
         return _by_word(tokenizer, texts, unknown)
-    visible = (census or Census.of(texts)).visible()
+    if census is None:
+        texts = list(texts)
+        census = Census.of(texts)
+    visible = census.visible()
+    if is_own_wordpiece(parts) and any(census.counts[ord(stroke)] for stroke in STROKES):
+        return _with_strokes(tokenizer, texts, visible)
     dropped = {character: n for character, n in visible.items() if _is_dropped(tokenizer, character)}
     if unknown is not None:
         dropped |= {c: n for c, n in visible.items() if c not in dropped and _is_unknown(tokenizer, c, unknown)}
@@ -76,6 +84,17 @@ def _has_all_bytes(parts: dict) -> bool:
 def _spells_each(parts: dict) -> bool:
     """Whether [UNK] is a matter of single characters: k-mers, or WordPiece that has each of its own."""
     return is_own_wordpiece(parts) or cutting(parts) is not None
+
+
+def _with_strokes(tokenizer: Tokenizer, texts: Iterable[str], visible: dict[str, int]) -> Lost:
+    """Of our WordPiece: a stroke is spelled with the sign before it, or lost; of a letter it is an accent."""
+    visible = {character: n for character, n in visible.items() if character not in STROKES}
+    counts = {character: n for character, n in visible.items() if _is_dropped(tokenizer, character)}
+    strokes = dict[str, int]()
+    for sign, stroke in (found.groups() for text in texts for found in STRUCK.finditer(text)):
+        if not sign.isalpha() and spelling(sign + stroke) == spelling(sign):
+            strokes[stroke] = strokes.get(stroke, 0) + 1
+    return Lost(sum(visible.values()) + sum(strokes.values()), counts | strokes)
 
 
 def _is_dropped(tokenizer: Tokenizer, character: str) -> bool:
@@ -113,7 +132,12 @@ def _by_word(tokenizer: Tokenizer, texts: Iterable[str], unknown: int) -> Lost:
 def described(character: str, share: float) -> str:
     """A lost character for a terminal: itself where that is safe, its code point, its share."""
     shown = f"{character} " if character.isprintable() and not unicodedata.combining(character) else ""
-    return f"{shown}U+{ord(character):04X} {share:.2%}"
+    return f"{shown}U+{ord(character):04X} {percent(share)}"
+
+
+def percent(share: float) -> str:
+    """A share with two digits behind the point; "under 0.01%" where these are 0."""
+    return f"{share:.2%}" if share >= 0.0001 or share == 0 else "under 0.01%"
 
 
 def suitable(census: Census) -> tuple[str, str]:

@@ -65,8 +65,8 @@ SPELLED = {
     "Smørrebrød, Ærø, cœur, Þór, það": "smorrebrod, aero, coeur, thor, thad",
     "Łódź, ışık, İzmir, Đorđe": "lodz, isik, izmir, dorde",
     "5 µg, 5 μg": "5 ug, 5 ug",
-    "½, 2½ cups": " 1/2, 2 1/2 cups",
-    "10⁻⁶ m², x¹⁰": "10^-6 m^2, x^10",
+    "½, 2½ cups": " 1/2 , 2 1/2  cups",
+    "10⁻⁶ m², x¹⁰": "10^-6  m^2 , x^10 ",
     "H₂O, CO₂": "h2o, co2",
     "a ≠ b, a =\u0338 b": "a != b, a != b",
     "≥ 5, ≤ 3, ± 2, 3 × 4, 6 ÷ 2": ">= 5, <= 3, +- 2, 3 x 4, 6 / 2",
@@ -212,7 +212,10 @@ PHRASES = st.lists(
     max_size=12,
 ).map("".join)
 AWKWARD = st.text(
-    alphabet=st.sampled_from("ab1Z'.,-_ \t\n\r\x00\x0b\x85\xa0é\u0301ß日\u2028\u3000’—İΣ٣²⁻⁶½≠=\u0338∈€°\uffffि\u200d"),
+    alphabet=st.sampled_from(
+        "ab1Z'.,-_ \t\n\r\x00\x0b\x85\xa0é\u0301ß日\u2028\u3000’—İΣ٣²⁻⁶½≠=\u0338∈€°\uffffि\u200d"
+        '₂₊⁄/8８①·lL\u0337\u20e5\u200b\xad\u200fпת״"ա՞་፡ቃ'
+    ),
     max_size=40,
 )
 
