@@ -38,7 +38,7 @@ from cramfast.text.tokenizer import check_vocab_size, is_trained, word_count
 from cramfast.text.tokenizerchoice import check_lost, choose, learn
 
 # Of a prepared folder. Made anew are those whose held-out side is a share of documents, whose letters and signs were
-# not spelled out in ASCII, or whose files were read otherwise (docs/text.md).
+# not spelled out in ASCII, whose words were cut at inner signs, or whose files were read otherwise (docs/text.md).
 FORMAT = 5
 
 

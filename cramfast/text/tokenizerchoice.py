@@ -5,12 +5,13 @@ from tokenizers import Tokenizer
 from cramfast.errors import UserError
 from cramfast.text.census import Census
 from cramfast.text.learning import Learned
-from cramfast.text.lost import Lost, described, suitable
+from cramfast.text.lost import Lost, described, percent, suitable
 from cramfast.text.survey import Survey
 from cramfast.text.tokenizer import train_tokenizer
 
-# Text in another script than the tokenizer's vanishes without a trace in the loss, so its characters are counted.
-LOST_NOTED, LOST_REFUSED = 0.0001, 0.5
+# What a tokenizer has no token for vanishes without a trace in the loss, so it is counted; one sign may turn a sentence
+# round, so all of it is said, however rare.
+LOST_REFUSED = 0.5
 
 
 def choose(asked: str, census: Census) -> tuple[str, str]:
@@ -44,14 +45,14 @@ def learn(survey: Survey, kind: str, vocab_size: int, source: str) -> tuple[Toke
 
 
 def check_lost(lost: Lost, kind: str, source: str) -> str:
-    """A line about the characters without a token, from LOST_NOTED of them on; else nothing.
+    """A line about the characters without a token, if there are any; else nothing.
 
     Raises:
         UserError: more than LOST_REFUSED of them.
     """
     commonest = ", ".join(described(*each) for each in lost.commonest())
-    what = f"{source}: {lost.share:.2%} of the characters have no token in {kind} ({commonest})"
+    what = f"{source}: {percent(lost.share)} of the characters have no token in {kind} ({commonest})"
     remedy = "--tokenizer bpe has one for every character"
     if lost.share > LOST_REFUSED:
         raise UserError(f"{what} — {remedy}")
-    return f"{what}; {remedy}" if lost.share > LOST_NOTED else ""
+    return f"{what}; {remedy}" if lost.counts else ""

@@ -50,6 +50,16 @@ def test_text_in_another_script_is_not_lost_in_silence(tmp_path, capsys):
     assert bpe["lost_share"] == 0 and bpe["lost_characters"] == {}
 
 
+def test_one_lost_sign_in_a_large_text_is_named(tmp_path, capsys):
+    paragraphs = [f"An english paragraph of some words, number {i}." for i in range(600)]
+    paragraphs[300] += " ⊬"
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
+    folder = prepare((str(tmp_path / "a.txt"),), tmp_path / "out", **OPTIONS | {"tokenizer": "wordpiece"})
+    said = [line for line in capsys.readouterr().err.splitlines() if "no token" in line]
+    assert len(said) == 1 and "under 0.01% of the characters" in said[0] and "⊬ U+22AC under 0.01%" in said[0]
+    assert 0 < read_manifest(folder)["lost_share"] < 0.0001
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
@@ -68,11 +78,12 @@ def test_auto_takes_the_tokenizer_that_can_spell_the_text_and_says_so(tmp_path, 
     assert [line.startswith("note: --tokenizer auto takes bpe") for line in said] == [True] * (kind == "bpe")
 
 
-def test_the_key_of_prepared_text_is_another_than_before_signs_were_spelled(tmp_path, monkeypatch):
+def test_the_key_of_prepared_text_is_another_than_before_numbers_were_kept_apart(tmp_path, monkeypatch):
     data = write_text(tmp_path / "a.txt")
     after = prepare((data,), None, **OPTIONS)
-    monkeypatch.setattr(stage, "FORMAT", 2)
-    assert prepare((data,), None, **OPTIONS) != after and stage.FORMAT < 3
+    now = stage.FORMAT
+    monkeypatch.setattr(stage, "FORMAT", 4)
+    assert prepare((data,), None, **OPTIONS) != after and now == 5
 
 
 def test_dumps_are_left_out_of_learning_and_said_and_are_in_the_ids(tmp_path, capsys):
