@@ -19,11 +19,26 @@ LONGEST_WORD = 100  # characters; a longer run is cut, so that the pieces of a g
 LONGEST_ENTRY = 32  # characters: the longest words, no sentence that came twice
 # A character is an entry from so many on, as rare as the last merges; a rarer one is learned from as a break.
 LEAST_COUNT, LEAST_SHARE = 2, 3e-6
-LETTER, JOINER = "\\p{L}\\p{M}", "\u200c\u200d"  # joiners: zero-width, in words of Persian and of Indian languages
+# Joiners: zero-width, in words of Persian and of Indian languages, and Tibetan's tsheg, which ends each syllable.
+LETTER, JOINER = "\\p{L}\\p{M}", "\u200c\u200d\u2060\u0f0b\u0f0c"
+BEFORE = " \u1361\u200b"  # what parts words belongs to the one after it: also Ethiopic's wordspace, Khmer's zero-width
+LATIN = "A-Za-z\xaa\xba\xc0-\u02af\u1e00-\u1eff"
+# Signs inside of a word: apostrophes of other scripts than Latin, in which they stand for a letter left out between two
+# words (don't, l'homme); Hebrew's for abbreviations, a plain quotation mark before the last letter among them;
+# Armenian's for questions and stress; Catalan's dot.
+INNER = (
+    f"(?<![{LATIN}])['’](?![{LATIN}])"
+    '|[׳״]|(?<=[א-ת])"(?=[א-ת](?![\\p{L}\\p{M}]))'
+    "|[\u055a-\u055f]"
+    "|(?<=[lL])·(?=[lL])"
+)
+# Soft hyphens and marks of direction carry no text: they would cut words.
+UNSEEN = "\xad\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+LETTERS = f"[{LETTER}][{LETTER}{JOINER}]{{0,{LONGEST_WORD - 1}}}"
 # GPT-2's pattern, but that marks belong to their letters, and numbers are cut into groups of three at most.
 WORDS = (
     "'(?:[sdmt]|ll|ve|re)"
-    f"| ?[{LETTER}][{LETTER}{JOINER}]{{0,{LONGEST_WORD - 1}}}"
+    f"|[{BEFORE}]?{LETTERS}(?:(?:{INNER}){LETTERS}){{0,9}}"
     "| ?\\p{N}{1,3}"
     f"| ?[^\\s{LETTER}\\p{{N}}][^\\s\\p{{L}}\\p{{N}}]{{0,{LONGEST_WORD - 1}}}"
     "|\\s+(?!\\S)|\\s+"
@@ -31,7 +46,7 @@ WORDS = (
 
 
 def byte_level(vocabulary: dict[str, int] | None = None, merges: list[tuple[str, str]] | None = None) -> Tokenizer:
-    """Byte-level BPE of these merges, on text in composed form.
+    """Byte-level BPE of these merges, on text in composed form without what is not seen.
 
     A word at the beginning has the space before it that the others have: words that are given one by one, as in named
     entity recognition, are the same tokens as in a sentence.
@@ -39,6 +54,7 @@ def byte_level(vocabulary: dict[str, int] | None = None, merges: list[tuple[str,
     tokenizer = Tokenizer(models.BPE(vocabulary or {}, merges or []))
     tokenizer.normalizer = normalizers.Sequence(
         [
+            normalizers.Replace(Regex(f"[{UNSEEN}]"), ""),
             normalizers.NFC(),
             normalizers.Prepend(" "),
             normalizers.Replace(Regex("(?<![\\s\\S]) (?=[^\\p{L}\\p{N}])"), ""),
@@ -89,7 +105,7 @@ def _letters() -> list[str]:
 
 def _frequent(texts: Iterable[str], most: int) -> list[str]:
     """The characters outside ASCII that are worth entries of their own, the commonest first, for `most` entries."""
-    counts = Census.of(unicodedata.normalize("NFC", text) for text in texts).counts
+    counts = Census.of(map(_composed, texts)).counts
     least = max(LEAST_COUNT, LEAST_SHARE * counts.sum())
     counts[:128] = 0
     counts[0xD800:0xE000] = 0  # halves of surrogate pairs, which no byte spells
@@ -123,4 +139,13 @@ def _merges(texts: Iterable[str], characters: list[str], most: int) -> list[tupl
 def _with_breaks(texts: Iterable[str], characters: list[str]) -> Iterator[str]:
     rare = re.compile(f"[^\\x00-\\x7F{re.escape(''.join(characters))}]+")
     for text in texts:
-        yield text if text.isascii() else rare.sub("\n", unicodedata.normalize("NFC", text))
+        yield text if text.isascii() else rare.sub("\n", _composed(text))
+
+
+def _composed(text: str) -> str:
+    """The text as byte_level() normalises it, but for the space before it."""
+    if text.isascii():
+        return text
+    for character in UNSEEN:
+        text = text.replace(character, "")
+    return unicodedata.normalize("NFC", text)

@@ -347,6 +347,8 @@ def test_stock_transformers_reads_the_same_ids(tmp_path, kind):
         "The red [MASK] dog.",
         "[MASK]",
         "acgt acgtnacgu",
+        "A ≇ B, ①5 ②10, log₂8, 2¹⁄₂, m²3, ∅ ↑ ☑ ‱, col·legi N·m, a\u200bb 5日5 +\u0338",
+        "п'ять м’яч צה״ל Фото\xadграфия ինչպե՞ս བོད་ཡིག་ ሰላም፡ለዓለም \u202ea\u202c",
         *(words for words, _ in SCRIPTS.values()),
     ]
     tokenizer = train_tokenizer(["ACGT" * 50] if "kmer" in kind else texts, kind, 1024)
