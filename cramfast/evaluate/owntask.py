@@ -44,6 +44,23 @@ def find_columns(path: Path, header: list[str], text: tuple[str, ...], label: st
     return texts, place
 
 
+def in_order(
+    path: Path, header: list[str], texts: tuple[int, ...], train: Path, named: tuple[str, ...]
+) -> tuple[int, ...]:
+    """The text columns of a development file in the order in which the training file names them.
+
+    Raises:
+        UserError: it names others.
+    """
+    names = [header[number].strip() for number in texts]
+    if sorted(names) != sorted(named):
+        raise UserError(
+            f"{path}:1: text columns {', '.join(names)}, but {', '.join(named)} in {train} — name them alike, or "
+            "choose with --text"
+        )
+    return tuple(sorted(texts, key=lambda number: named.index(header[number].strip())))
+
+
 def find_classes(path: Path, label: int) -> tuple[str, ...]:
     """The labels of a training file without blanks around them, sorted; no label is found when the rows are read.
 
@@ -74,19 +91,19 @@ def read_pair(
         UserError: named by file and line.
     """
     classes: tuple[str, ...] = ()
-    found = []
+    found, named = [], ()
     for path in (train, dev):
         if not path.is_file():
             raise UserError(f"{path}: no such file — --task-file takes a training and a development file")
         rows = read_rows(path)
         header = next(rows, (1, [""]))[1]
         texts, place = find_columns(path, header, text, label)
+        named = named or tuple(header[number].strip() for number in texts)
+        texts = in_order(path, header, texts, train, named)
         if not regression and not classes:
             classes = find_classes(path, place)
         reader = number_reader() if regression else class_reader(classes)
         found.append(read_tsv(path, rows, Columns(len(header), texts, place, reader), tally))
-    if len(found[0].texts[0]) != len(found[1].texts[0]):
-        raise UserError(f"{dev}:1: another number of text columns than {train} — name them with --text")
     return found[0], found[1], classes
 
 
@@ -116,7 +133,7 @@ class Arguments:
     """What tables and files call the task, whose earlier scores are overwritten; by default as the training file, or as
     its folder where the file is called train."""
     text: tuple[str, ...] = ()
-    """One or two text columns; by default all but the label's."""
+    """One or two text columns; by default all but the label's, in the order of the training file."""
     label: str = "label"
     """Column of the label."""
     seeds: int = 3

@@ -115,6 +115,21 @@ def test_blanks_around_labels_and_names_make_no_class(tmp_path):
     assert examples.class_counts(classes, train) == {"neg": 2, "pos": 2}
 
 
+def test_the_texts_of_a_pair_go_by_name_not_by_place(tmp_path):
+    rows = "premise\thypothesis\tmood\nA\tB\tpos\nC\tD\tneg\n"
+    for other in ("hypothesis\tpremise\tmood\nb\ta\tpos\n", "mood\thypothesis \t premise\npos\tb\ta\n", rows.lower()):
+        train, dev, _ = own_pair(tmp_path, rows, other)
+        assert train.texts[0] == ("A", "B") and dev.texts[0] == ("a", "b")
+
+
+@pytest.mark.parametrize("header", ["premise\tclaim", "Premise\thypothesis", "premise\tpremise", "premise"])
+def test_text_columns_of_other_names_are_refused(tmp_path, header):
+    rows, other = "premise\thypothesis\tmood\nA\tB\tpos\nC\tD\tneg\n", f"{header}\tmood\na\tb\tpos\n"
+    names = header.replace("\t", ", ")
+    with pytest.raises(UserError, match=rf"dev\.tsv:1: text columns {names}, but premise, hypothesis in .*--text"):
+        own_pair(tmp_path, rows, other)
+
+
 @pytest.mark.parametrize(("one", "other"), [("1", "1.0"), ("caf\u00e9", "cafe\u0301"), ("ﬁne", "fine")])
 def test_labels_that_look_alike_are_refused(tmp_path, one, other):
     rows = "text\tmood\n" + "".join(f"a{i}\t{(one, other, 'x')[i % 3]}\n" for i in range(9))
