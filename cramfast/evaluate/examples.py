@@ -48,13 +48,16 @@ class Columns:
 
 
 def same_label(cells: Iterable[str]) -> tuple[str, str] | None:
-    """Two labels that people take for one and a classifier for two: 1 and 1.0, or one word in two Unicode forms."""
+    """Two labels that people take for one and a classifier for two: 1 and 1.0, or a word in two cases or Unicode
+    forms."""
     seen: dict[object, str] = {}
     for cell in sorted(set(cells)):
         try:
             value: object = float(cell)
         except ValueError:
-            value = unicodedata.normalize("NFKC", cell)
+            value = math.nan
+        if value != value:  # a word, nan among them, which as a number would differ from itself
+            value = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", cell).casefold())
         if value in seen:
             return seen[value], cell
         seen[value] = cell

@@ -130,11 +130,27 @@ def test_text_columns_of_other_names_are_refused(tmp_path, header):
         own_pair(tmp_path, rows, other)
 
 
-@pytest.mark.parametrize(("one", "other"), [("1", "1.0"), ("caf\u00e9", "cafe\u0301"), ("ﬁne", "fine")])
+ALIKE = [
+    ("1", "1.0"),
+    ("caf\u00e9", "cafe\u0301"),
+    ("ﬁne", "fine"),
+    ("nan", "NaN"),
+    ("Pos", "pos"),
+    ("É", "é"),
+    ("inf", "Infinity"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), ALIKE)
 def test_labels_that_look_alike_are_refused(tmp_path, one, other):
     rows = "text\tmood\n" + "".join(f"a{i}\t{(one, other, 'x')[i % 3]}\n" for i in range(9))
     with pytest.raises(UserError, match=r"train\.tsv: labels .* look like one class — write one of them only"):
         own_pair(tmp_path, rows, rows)
+
+
+def test_a_class_may_be_called_nan(tmp_path):
+    rows = "text\tmood\na\tnan\nb\tpos\nc\tnan\nd\tpos\n"
+    assert own_pair(tmp_path, rows, rows)[2] == ("nan", "pos")
 
 
 def test_a_lone_carriage_return_ends_no_row(tmp_path):
