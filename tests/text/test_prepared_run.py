@@ -56,8 +56,10 @@ def test_a_vocabulary_larger_than_the_presets_is_said_with_its_price(tmp_path, c
     assert f"note: that makes {after / 1e3:.0f} k parameters instead of {before / 1e3:.0f} k — for the smaller " \
            "model, prepare the text with --vocab-size 64\n" in capsys.readouterr().out  # fmt: skip
     stages.prepare_text(asked(data).config)  # raw text yields fewer than were asked for
-    given = asked(data, *small, "--tokenizer", str(tmp_path / "out" / "tokenizer.json"))
-    stages.prepare_text(given.config)
+    tokenizer = ("--tokenizer", str(tmp_path / "out" / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"--model\.vocab-size has no effect here"):
+        asked(data, *small, *tokenizer)
+    stages.prepare_text(asked(data, *tokenizer).config)
     assert "model.vocab_size=" in (said := capsys.readouterr().out) and "note:" not in said
 
 
