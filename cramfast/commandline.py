@@ -24,10 +24,6 @@ from cramfast.text.tokenizer import KINDS, is_trained
 IDLE: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     "muon_rate": (lambda config: config.optimizer != "muon", "use --optimizer muon"),
     "short_fraction": (lambda config: config.short_sequence_len == 0, "use --short-sequence-len"),
-    "ramp_fraction": (
-        lambda config: round(config.batch_tokens / config.microbatch_tokens) <= 1,
-        "use --batch-tokens of several --microbatch-tokens",
-    ),
     "probe_pairs": (lambda config: not config.probe_data, "use --probe-data"),
     "curation.similarity": (
         lambda config: config.curation.duplicates != "near",

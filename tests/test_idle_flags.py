@@ -5,6 +5,7 @@ import pytest
 from cramfast.commandline import IDLE, parse
 from cramfast.config import TrainConfig, flatten
 from cramfast.errors import UserError
+from cramfast.scaling import plan as plans
 
 
 @pytest.mark.parametrize(
@@ -12,8 +13,7 @@ from cramfast.errors import UserError
     [
         (["--muon-rate", "3"], ["--optimizer", "muon"]),
         (["--short-fraction", "0.3"], ["--short-sequence-len", "64"]),
-        (["--ramp-fraction", "0.3"], ["--batch-tokens", "65536"]),
-        (["--ramp_fraction=0.3"], ["--batch-tokens", "65536"]),
+        (["--muon_rate=3"], ["--optimizer", "muon"]),
         (["--probe-pairs", "3"], ["--probe-data", "blimp.jsonl"]),
         (["--curation.similarity", "0.9"], ["--curation.duplicates", "near"]),
         (["--model.window", "32"], ["--model.global-every", "3"]),
@@ -34,6 +34,12 @@ def test_a_flag_without_effect_is_refused(flags, counts):
 def test_a_preset_or_a_recipe_may_set_what_has_no_effect():
     parse(["--preset", "tiny", "--device", "cpu"])
     parse(["--preset", "tiny", "--device", "cpu", "--recipe", "crammed"])
+
+
+@pytest.mark.parametrize("name", ["smoke", "cpu"])
+def test_what_a_scaling_plan_asks_for_is_taken(tmp_path, name):
+    for job in plans.expand(plans.read_plan(name, "cpu"), tmp_path, "cpu", threads=1, dtype="float32"):
+        parse([*plans.flags(job.config), "--run-dir", str(tmp_path / "run")])
 
 
 def test_the_keys_exist():
