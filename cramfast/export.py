@@ -286,6 +286,10 @@ def _write_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
         "model_max_length": config.max_len,
         "clean_up_tokenization_spaces": False,
     }
+    # 4.57 sets it to False in tokenizer.json where its own file does not say.
+    cutter = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in cutter:
+        settings["add_prefix_space"] = cutter["add_prefix_space"]
     _write_json(folder / "tokenizer_config.json", settings | special)
 
 
